@@ -1,0 +1,1 @@
+"""What a response is worth: the discriminator, the judge, rule-based checks, and users' own functions."""
