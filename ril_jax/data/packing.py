@@ -1,0 +1,220 @@
+"""From prompts and responses of any size to arrays of a few known shapes (numpy, on the host).
+
+Image grids, window order, rotary positions and placeholders become index arrays here, so that what is compiled depends only on
+the bucket: the padded prompt length, the padded response length, and the rung of the vision ladder.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from ril_jax.errors import InputError
+from ril_jax.models.config import ModelConfig, QwenVisionConfig
+from ril_jax.models.qwen2_5_vl import VisionInputs
+
+
+class Patches(Protocol):
+    """What packing needs of an image (`images.PatchedImage`): patches [h*w, C] and grid (1, h, w)."""
+
+    patches: np.ndarray
+    grid: tuple[int, int, int]
+
+
+class Prompt(Protocol):
+    """What packing needs of a prompt (`chat.EncodedPrompt`)."""
+
+    token_ids: np.ndarray
+    images: Sequence[Patches]
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionRung:
+    """One shape of the packed image buffer: at most `patches` in all, `images` images, `image_patches` in each."""
+
+    patches: int
+    images: int
+    image_patches: int
+
+    @property
+    def windows(self) -> int:
+        # A full window holds 64 patches, but the edges of small images make small ones: room for 9 a window on average.
+        return max(1, self.patches // 9)
+
+
+class PromptBatch(NamedTuple):
+    """B prompts, padded on the left to P, and their images.
+
+    token_ids: [B, P] int32; positions: [3, B, P] int32 (M-RoPE axes; equal for text); valid: [B, P] bool;
+    feature_index: [B, P] int32, row of the encoded features, -1 for text; next_position: [B] int32, of the first response
+    token; row_valid: [B] bool, False for rows that only fill the batch; vision: VisionInputs or None for text only.
+    """
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    valid: np.ndarray
+    feature_index: np.ndarray
+    next_position: np.ndarray
+    row_valid: np.ndarray
+    vision: VisionInputs | None
+
+
+class ResponseBatch(NamedTuple):
+    """S responses a row, padded on the right to R: token_ids [B, S, R] int32, mask [B, S, R] bool."""
+
+    token_ids: np.ndarray
+    mask: np.ndarray
+
+
+def pick_bucket(length: int, buckets: Sequence[int], *, name: str) -> int:
+    """The smallest bucket that holds `length`. Raises InputError with the mend where none does."""
+    for bucket in sorted(buckets):
+        if length <= bucket:
+            return bucket
+    raise InputError(f"{name} is {length} tokens long, over the largest bucket {max(buckets)}; raise it in the config")
+
+
+def pick_rung(images: Sequence[Patches], rungs: Sequence[VisionRung], config: QwenVisionConfig) -> VisionRung | None:
+    """The first rung that holds all images, None for no images. Raises InputError where none does."""
+    if not images:
+        return None
+    sizes = [image.grid[0] * image.grid[1] * image.grid[2] for image in images]
+    windows = sum(len(window_order(image.grid[1], image.grid[2], config)[1]) for image in images)
+    for rung in sorted(rungs, key=lambda r: (r.patches, r.images * r.image_patches)):
+        fits = sum(sizes) <= rung.patches and len(sizes) <= rung.images and max(sizes) <= rung.image_patches
+        if fits and windows <= rung.windows:
+            return rung
+    raise InputError(
+        f"a batch has {len(sizes)} images with {sum(sizes)} patches ({max(sizes)} in the largest), over every rung of "
+        f"config.data.vision_rungs; add a larger one, or lower max_pixels or the batch size"
+    )
+
+
+def pack_prompts(
+    prompts: Sequence[Prompt], model: ModelConfig, *, batch: int, prompt_len: int, rung: VisionRung | None
+) -> PromptBatch:
+    """Arrays of `batch` rows from at most as many prompts; the rest are filling rows that nothing attends to."""
+    ids = np.zeros((batch, prompt_len), np.int32)
+    positions = np.zeros((3, batch, prompt_len), np.int32)
+    valid = np.zeros((batch, prompt_len), bool)
+    feature_index = np.full((batch, prompt_len), -1, np.int32)
+    next_position = np.zeros((batch,), np.int32)
+    images: list[Patches] = []
+    offset = 0
+    for b, prompt in enumerate(prompts):
+        length = len(prompt.token_ids)
+        row = slice(prompt_len - length, prompt_len)
+        ids[b, row], valid[b, row] = prompt.token_ids, True
+        grids = [image.grid for image in prompt.images]
+        where = prompt.token_ids == model.image_token_id if model.image_token_id is not None else np.zeros(length, bool)
+        positions[:, b, row], next_position[b] = mrope_positions(where, grids, merge=merge_size(model))
+        features = []
+        for image in prompt.images:
+            assert model.vision is not None
+            inverse = window_order(image.grid[1], image.grid[2], model.vision)[2]
+            features.append(offset + inverse)
+            offset += len(inverse)
+            images.append(image)
+        if features:
+            feature_index[b, row][where] = np.concatenate(features)
+    vision = None if rung is None else pack_images(images, model.vision, rung)  # type: ignore[arg-type]
+    row_valid = np.arange(batch) < len(prompts)
+    return PromptBatch(ids, positions, valid, feature_index, next_position, row_valid, vision)
+
+
+def pack_responses(responses: Sequence[Sequence[np.ndarray]], *, batch: int, response_len: int) -> ResponseBatch:
+    """Arrays [batch, S, R] from B lists of S token arrays; longer ones are cut at R."""
+    num = max((len(row) for row in responses), default=0)
+    ids = np.zeros((batch, num, response_len), np.int32)
+    mask = np.zeros((batch, num, response_len), bool)
+    for b, row in enumerate(responses):
+        for s, tokens in enumerate(row):
+            tokens = tokens[:response_len]
+            ids[b, s, : len(tokens)], mask[b, s, : len(tokens)] = tokens, True
+    return ResponseBatch(ids, mask)
+
+
+def pack_images(images: Sequence[Patches], config: QwenVisionConfig, rung: VisionRung) -> VisionInputs:
+    """One buffer of `rung.patches` rows in window order, with its index tables."""
+    X, unit = rung.patches, config.merge_unit
+    window_patches = (config.window_size // config.patch_size) ** 2
+    patches = np.zeros((X, config.patch_dim), np.float32)
+    positions = np.zeros((X, 2), np.int32)
+    window_index = np.full((rung.windows, window_patches), X, np.int32)
+    window_slot = np.full((X,), window_index.size, np.int32)
+    frame_index = np.full((rung.images, rung.image_patches), X, np.int32)
+    frame_slot = np.full((X,), frame_index.size, np.int32)
+    start, w = 0, 0
+    for i, image in enumerate(images):
+        _, height, width = image.grid
+        order, lengths, _ = window_order(height, width, config)
+        n = height * width
+        rows = slice(start, start + n)
+        patches[rows] = image.patches.reshape(-1, unit, config.patch_dim)[order].reshape(n, -1)
+        positions[rows] = patch_positions(height, width, config.spatial_merge_size)[order].reshape(n, 2)
+        frame_index[i, :n] = np.arange(start, start + n)
+        frame_slot[rows] = i * rung.image_patches + np.arange(n)
+        at = start
+        for length in lengths:
+            window_index[w, :length] = np.arange(at, at + length)
+            window_slot[at : at + length] = w * window_patches + np.arange(length)
+            at, w = at + length, w + 1
+        start += n
+    return VisionInputs(patches, positions, window_index, window_slot, frame_index, frame_slot)
+
+
+@functools.lru_cache(maxsize=4096)
+def window_order(height: int, width: int, config: QwenVisionConfig) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Window order of one image of height x width patches (HF `get_window_index`).
+
+    Returns: (order: merge groups in window order, lengths: patches of each window, inverse: row of each group in the
+    ordered buffer, groups counted along rows).
+    """
+    merge = config.spatial_merge_size
+    rows, cols = height // merge, width // merge
+    side = config.window_size // merge // config.patch_size
+    groups = np.arange(rows * cols).reshape(rows, cols)
+    blocks = [
+        groups[r : r + side, c : c + side].reshape(-1) for r in range(0, rows, side) for c in range(0, cols, side)
+    ]
+    order = np.concatenate(blocks)
+    lengths = np.array([len(block) * merge * merge for block in blocks])
+    return order, lengths, np.argsort(order).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=4096)
+def patch_positions(height: int, width: int, merge: int) -> np.ndarray:
+    """(row, column) of every patch, [groups, merge^2, 2], in the processor's order of patches."""
+    grid = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)
+    grid = grid.reshape(height // merge, merge, width // merge, merge, 2).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(-1, merge * merge, 2).astype(np.int32)
+
+
+def mrope_positions(
+    is_image: np.ndarray, grids: Sequence[tuple[int, int, int]], *, merge: int
+) -> tuple[np.ndarray, int]:
+    """M-RoPE positions [3, T] of one unpadded prompt and the position of what follows (HF `get_rope_index`).
+
+    Args:
+      is_image: [T] bool, the expanded image placeholders, in as many runs as there are grids.
+    """
+    length = len(is_image)
+    positions = np.empty((3, length), np.int32)
+    current, at = 0, 0
+    for t, h, w in grids:
+        start = at + int(np.argmax(is_image[at:]))
+        positions[:, at:start] = current + np.arange(start - at)
+        current += start - at
+        h, w = h // merge, w // merge
+        index = np.indices((t, h, w)).reshape(3, -1)
+        positions[:, start : start + t * h * w] = index + current
+        current += max(h, w)
+        at = start + t * h * w
+    positions[:, at:] = current + np.arange(length - at)
+    return positions, current + length - at
+
+
+def merge_size(model: ModelConfig) -> int:
+    return 1 if model.vision is None else model.vision.spatial_merge_size

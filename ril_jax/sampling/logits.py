@@ -1,0 +1,47 @@
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, in HF's order."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """Sampling filters (defaults: plain sampling). temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+
+
+def choose_tokens(logits, seen, keys, step, params: SamplingParams):
+    """Draw one token a sample.
+
+    Args:
+      logits: [B, G, V] float32. seen: [B, G, V] bool, tokens of the prompt and the sample so far; None without penalty.
+      keys: [B, G, 2] uint32, one PRNG key a sample. step: [] int32, folded into the keys.
+
+    Returns: [B, G] int32.
+    """
+    if params.repetition_penalty != 1.0:
+        penalised = jnp.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
+        logits = jnp.where(seen, penalised, logits)
+    if params.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / params.temperature
+    order = None
+    vocab = logits.shape[-1]
+    if 0 < params.top_k < vocab or params.top_p < 1.0:
+        k = params.top_k if 0 < params.top_k < vocab else vocab
+        logits, order = jax.lax.top_k(logits, k)
+    if params.top_p < 1.0:
+        # Sorted from the top: a token stays if less than top_p of the mass lies above it, so one always stays.
+        probs = jax.nn.softmax(logits, axis=-1)
+        logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < params.top_p, logits, -jnp.inf)
+    draw = jax.vmap(jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row)))
+    choice = draw(keys, logits)
+    if order is not None:
+        choice = jnp.take_along_axis(order, choice[..., None], axis=-1)[..., 0]
+    return choice.astype(jnp.int32)
