@@ -1,4 +1,4 @@
-"""The embedded default's task, drawn from a seed: grids of coloured shapes and small bar charts, and questions about them.
+"""The embedded default's task, drawn from a seed: grids of coloured shapes and small bar charts, with questions.
 
 One lattice cell is 28x28 pixels, which is one merged vision token (patch 14, merge 2), and carries one mark. Every cell
 also shows where it stands: a dark tick on its left edge for the row, one on its top edge for the column (as a printed
