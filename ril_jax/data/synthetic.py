@@ -468,7 +468,7 @@ def _sprite(name: str, row: int, col: int) -> np.ndarray:
         elif form == "triangle":
             pen.polygon([(15 * scale, 4 * scale), (4 * scale, 25 * scale), (26 * scale, 25 * scale)], fill=fill)
         elif form == "bar":
-            pen.rectangle(box(6, 0, 25, CELL), fill=fill)
+            pen.rectangle(box(6, 4, 25, CELL), fill=fill)  # a gap above each unit, so that units can be counted
         else:  # the foot of a bar of height zero
             pen.rectangle(box(6, CELL - 4, 25, CELL), fill=fill)
     pen.rectangle(box(0, 3 + 6 * row, 3, 7 + 6 * row), fill=(60, 60, 60))
