@@ -143,7 +143,7 @@ def draw(
             if scene.split == split and not (split == "test" and key in seen):
                 break
         else:
-            raise InputError(f"split {split!r} has no further question of type {type_!r}: draw fewer than {n} examples")
+            raise InputError(f"split {split!r} has no more questions of type {type_!r}: draw at most {index} examples")
         seen.add(key)
         if type_ == "caption":
             style, response = "caption", ask.answer
