@@ -5,3 +5,35 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# --- tiny transformers models: built once a session, by those tests that ask for them ---
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from helpers import hf_models`
+
+
+@pytest.fixture(scope="session")
+def tiny_vl(tmp_path_factory):
+    """Qwen2.5-VL with an untied head, grouped queries and windowed vision blocks around a full one."""
+    from helpers import hf_models
+
+    return hf_models.save_qwen2_5_vl(tmp_path_factory.mktemp("tiny_vl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory):
+    """Text-only Qwen2.5 with a tied head."""
+    from helpers import hf_models
+
+    return hf_models.save_qwen2(tmp_path_factory.mktemp("tiny_text"), tie=True)
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer_folder(tmp_path_factory) -> Path:
+    """A folder with a tiny tokenizer, the chat template and the image settings of Qwen2.5-VL; do not write into it."""
+    from helpers.tokenizer_folder import build_tokenizer_folder
+
+    return build_tokenizer_folder(tmp_path_factory.mktemp("qwen_tokenizer"))
