@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from ril_jax.errors import InputError
+from ril_jax.training.metrics import write_atomically
 
 logger = logging.getLogger("ril_jax.checkpoints")
 
@@ -220,7 +221,7 @@ class Checkpointer:
         files = _files_of(folder)
         with_content = sum(path.stat().st_size for path in files.values()) <= _CONTENT_CHECKED_BELOW
         notes = {name: [path.stat().st_size, _crc(path) if with_content else None] for name, path in files.items()}
-        _write_atomically(folder / _INTEGRITY, json.dumps(notes))
+        write_atomically(folder / _INTEGRITY, json.dumps(notes).encode())
 
     # --- restoring ---------------------------------------------------------------------------------------------------
 
@@ -396,15 +397,6 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
 
@@ -478,7 +470,7 @@ def claim_folder(folder: str | os.PathLike[str], fingerprint: Mapping[str, Any],
         path.rename(folder / f"config.{number}.json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, json.dumps(ours, indent=2, sort_keys=True) + "\n")
+        write_atomically(path, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --workdir") from error
 
@@ -576,5 +568,6 @@ def save_failed_batch(folder: str | os.PathLike[str], arrays: Any, note: Mapping
         kept[_name(key)] = array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
     with path.open("wb") as file:
         np.savez(file, **kept)  # type: ignore[arg-type]
-    _write_atomically(path.with_suffix(".json"), json.dumps({**note, "dtypes": dtypes}, indent=2, default=str) + "\n")
+    words = json.dumps({**note, "dtypes": dtypes}, indent=2, default=str) + "\n"
+    write_atomically(path.with_suffix(".json"), words.encode())
     return path
