@@ -40,7 +40,7 @@ def check(response, solution, right, **rules):
         ("(3, 4)", "(3,4)", True),
         ("(34)", "(3,4)", False),
         ("5", "9" * 400, False),
-        ("9" * 400, "9" * 400, True),
+        ("12" * 200, "12" * 200, True),
     ],
 )
 def test_text_is_compared_without_case_space_and_punctuation(response, solution, right):
