@@ -253,7 +253,10 @@ class DatasetWriter:
         self._shard: Any = None
 
     def __enter__(self) -> DatasetWriter:
-        self.staging.mkdir(parents=True)
+        try:
+            self.staging.mkdir(parents=True)
+        except OSError as error:
+            raise OSError(f"{self.folder} cannot be written: {error.strerror}") from error
         return self
 
     def add(self, question: Question) -> None:
