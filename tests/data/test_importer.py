@@ -6,6 +6,7 @@ import json
 import os
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -350,7 +351,7 @@ def test_a_foreign_tfds_data_set_is_imported_with_its_images_untouched(tmp_path)
     from tensorflow_datasets.core import SplitInfo
 
     features = tf.FeaturesDict(
-        {"prompt": tf.Text(), "image": tf.Image(), "answer": tf.Scalar(dtype=int), "tag": tf.Text()}
+        {"prompt": tf.Text(), "image": tf.Image(), "answer": tf.Scalar(dtype=np.int64), "tag": tf.Text()}
     )
     (tmp_path / "in").mkdir()
     writer = ArrayRecordWriter(str(tmp_path / "in" / "their-test.array_record-00000-of-00001"), "group_size:1")
