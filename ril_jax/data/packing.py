@@ -32,16 +32,21 @@ class Prompt(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class VisionRung:
-    """One shape of the packed image buffer: at most `patches` in all, `images` images, `image_patches` in each."""
+    """One shape of the packed image buffer: at most `patches` in all, `images` images, `image_patches` in each.
+
+    `windows` attention windows of at most `window_patches`; 0 stands for one to every 9 patches (a full window holds 64,
+    but the edges of images make smaller ones), and for the model's own window.
+    """
 
     patches: int
     images: int
     image_patches: int
+    windows: int = 0
+    window_patches: int = 0
 
-    @property
-    def windows(self) -> int:
-        # A full window holds 64 patches, but the edges of small images make small ones: room for 9 a window on average.
-        return max(1, self.patches // 9)
+    def window_shape(self, config: QwenVisionConfig) -> tuple[int, int]:
+        full = (config.window_size // config.patch_size) ** 2
+        return self.windows or max(1, self.patches // 9), self.window_patches or full
 
 
 class PromptBatch(NamedTuple):
@@ -81,10 +86,11 @@ def pick_rung(images: Sequence[Patches], rungs: Sequence[VisionRung], config: Qw
     if not images:
         return None
     sizes = [image.grid[0] * image.grid[1] * image.grid[2] for image in images]
-    windows = sum(len(window_order(image.grid[1], image.grid[2], config)[1]) for image in images)
+    lengths = np.concatenate([window_order(image.grid[1], image.grid[2], config)[1] for image in images])
     for rung in sorted(rungs, key=lambda r: (r.patches, r.images * r.image_patches)):
         fits = sum(sizes) <= rung.patches and len(sizes) <= rung.images and max(sizes) <= rung.image_patches
-        if fits and windows <= rung.windows:
+        windows, window_patches = rung.window_shape(config)
+        if fits and len(lengths) <= windows and max(lengths) <= window_patches:
             return rung
     raise InputError(
         f"a batch has {len(sizes)} images with {sum(sizes)} patches ({max(sizes)} in the largest), over every rung of "
@@ -139,10 +145,10 @@ def pack_responses(responses: Sequence[Sequence[np.ndarray]], *, batch: int, res
 def pack_images(images: Sequence[Patches], config: QwenVisionConfig, rung: VisionRung) -> VisionInputs:
     """One buffer of `rung.patches` rows in window order, with its index tables."""
     X, unit = rung.patches, config.merge_unit
-    window_patches = (config.window_size // config.patch_size) ** 2
+    windows, window_patches = rung.window_shape(config)
     patches = np.zeros((X, config.patch_dim), np.float32)
     positions = np.zeros((X, 2), np.int32)
-    window_index = np.full((rung.windows, window_patches), X, np.int32)
+    window_index = np.full((windows, window_patches), X, np.int32)
     window_slot = np.full((X,), window_index.size, np.int32)
     frame_index = np.full((rung.images, rung.image_patches), X, np.int32)
     frame_slot = np.full((X,), frame_index.size, np.int32)

@@ -1,0 +1,230 @@
+"""Every field of a run with its default and its source; a config file starts from here and changes what it needs.
+
+[P] marks a value that the paper states, [R] one that we chose where it is silent (docs/paper.md gives the reasons).
+"""
+
+import copy
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ril_jax.errors import InputError
+
+STAGES = ("prepare", "sft", "collect", "discriminator", "ril")
+
+
+def default_config() -> ConfigDict:
+    """The defaults; paths may contain {workdir}, which the run fills in."""
+    c = ConfigDict()
+    c.seed = 0
+    c.stages = "sft,collect,discriminator,ril"  # what to run, in this order
+    c.arms = "ril"  # variants of the ril stage, run one after the other: names of ARMS below, or teacher_<name>
+    c.allow_config_change = False  # go on in a workdir that was made with another config
+
+    c.student = _model()
+    c.teachers = ConfigDict()  # name -> _model(); use add_teacher
+
+    c.data = ConfigDict()
+    c.data.sft = ""  # data sets in TFDS form (python -m ril_jax.data writes them)
+    c.data.questions = ""  # the RIL questions
+    c.data.eval = ""  # held-out questions; "" for none
+    c.data.teacher_data = ""  # responses of teachers collected before; "" takes those of the collect stage
+    c.data.min_pixels = 32 * 28 * 28  # [R]
+    c.data.max_pixels = 512 * 28 * 28  # [R]
+    c.data.prompt_buckets = (
+        256,
+        512,
+        1024,
+    )  # padded prompt lengths, image tokens counted; longer prompts are cut or refused
+    c.data.response_buckets = (128, 256, 512)  # padded response lengths when training
+    # (patches in all, images, patches in the largest image) of the packed image buffer, per batch of questions.
+    c.data.vision_rungs = ((16384, 144, 2048), (65536, 144, 2048), (294912, 288, 2048))
+    c.data.prefetch = 2  # batches made ahead
+    c.data.threads = 8  # that decode images and encode prompts
+
+    c.sampling = ConfigDict()  # of the student in RIL, and of everyone in collect
+    c.sampling.temperature = 1.0  # [P]
+    c.sampling.top_p = 0.95  # [P]
+    c.sampling.top_k = 50  # [P]
+    c.sampling.repetition_penalty = 1.05  # [P]
+    c.sampling.max_completion_length = 512  # [R]
+
+    c.sft = training(batch_size=128, steps=1000, learning_rate=1e-5, final_learning_rate=1e-6)  # lr [P], linear
+    c.sft.train_vision = True
+
+    c.collect = ConfigDict()
+    c.collect.num_generations = 16  # [P] per question and model
+    c.collect.batch_size = 32  # questions sampled together
+    c.collect.num_questions = 0  # the first so many of data.questions; 0 for all
+    c.collect.student = True  # collect the student's responses too (the discriminator is pre-trained on them)
+
+    c.discriminator = training(batch_size=64, steps=300, learning_rate=1e-5, final_learning_rate=1e-6)  # lr [P]
+    c.discriminator.enabled = True
+    c.discriminator.update = True  # False freezes it after pre-training
+    c.discriminator.ril_learning_rate = 1e-6  # [P], constant
+    c.discriminator.loss = "gail"  # "gail" is Eq. 1; "pairs" is GAD's Bradley-Terry loss
+    c.discriminator.context = "none"  # "none" [P]: the response only; "question"; "question_image"
+    c.discriminator.prompt_buckets = (256, 640, 1024)
+
+    c.reward = ConfigDict()
+    c.reward.similarity = "binary"  # [P]; "continuous", "levels=k", or "score" (GAD's raw score)
+    c.reward.similarity_weight = 1.0  # [P]
+    c.reward.answer_weight = 1.0  # [P]; 0 drops the judge
+    c.reward.judge = ConfigDict()
+    c.reward.judge.kind = "rules"  # "rules", "openai", or "none"
+    c.reward.judge.base_url = ""  # of an OpenAI-compatible endpoint, for "openai"
+    c.reward.judge.model = "Qwen/Qwen2.5-32B-Instruct"  # [P]
+    c.reward.judge.api_key_env = "OPENAI_API_KEY"
+    c.reward.judge.concurrency = 64
+    c.reward.judge.timeout_s = 120.0
+    c.reward.judge.max_tokens = 256  # [R]
+    c.reward.functions = ()  # dotted paths of users' own reward functions
+    c.reward.function_weights = ()  # one each; 1.0 by default
+
+    c.ril = training(
+        batch_size=144, steps=1000, learning_rate=1e-6, final_learning_rate=1e-6
+    )  # 144 [R], lr [P] constant
+    c.ril.num_generations = 4  # [P] student responses a question
+    c.ril.num_teacher_generations = 4  # [P] teacher responses a question, split evenly among the teachers [R]
+    c.ril.num_iterations = 1  # [P] mu
+    c.ril.epsilon = 0.2  # [P]
+    c.ril.epsilon_high = None  # None: the same as epsilon
+    c.ril.beta = 0.01  # [P]
+    c.ril.loss_type = "dr_grpo"  # [P] constant normaliser; "grpo": mean over each response's length
+    c.ril.scale_rewards = "none"  # [P] "none" (Dr.GRPO) or "std" (GRPO)
+    c.ril.mask_truncated_completions = False
+    c.ril.drop_truncated_teachers = True  # [P] overlong filtering
+    c.ril.train_vision = False  # [R] the vision tower is frozen in RIL
+    c.ril.samples_every = 50  # steps between sample tables
+    c.ril.samples_count = 4  # questions in one
+
+    c.eval = ConfigDict()
+    c.eval.every = 100  # RIL steps; 0 for only before and after
+    c.eval.num_questions = 0  # 0 for all
+    c.eval.batch_size = 64
+
+    c.mesh = ConfigDict()
+    c.mesh.data = 1
+    c.mesh.fsdp = -1  # -1: all that is left
+    c.mesh.tensor = 1
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 50  # steps
+    c.checkpoint.keep = 2
+
+    c.logging = ConfigDict()
+    c.logging.tensorboard = True
+    c.logging.wandb = ""  # a project name turns it on
+    c.logging.compile_cache = True
+    return c
+
+
+def training(*, batch_size: int, steps: int, learning_rate: float, final_learning_rate: float) -> ConfigDict:
+    """The fields that every stage with an optimiser has. batch_size counts questions a step."""
+    c = ConfigDict()
+    c.batch_size = batch_size
+    c.micro_batch_size = 0  # questions at a time on the device; 0 for the whole batch
+    c.steps = steps
+    c.learning_rate = learning_rate
+    c.final_learning_rate = final_learning_rate  # reached linearly
+    c.warmup_steps = 0
+    c.weight_decay = 0.0  # [R]
+    c.max_grad_norm = 1.0  # [R]
+    c.adam_b1 = 0.9
+    c.adam_b2 = 0.999
+    return c
+
+
+def _model() -> ConfigDict:
+    c = ConfigDict()
+    c.checkpoint = ""  # HF folder or hub id
+    c.dtype = "bfloat16"  # compute [R]; master weights and moments are float32
+    c.remat = "full"  # "none", "full" or "dots": what the backward pass keeps
+    c.logprob_chunk = 1024  # tokens whose [V] logits stand at the same time
+    return c
+
+
+def add_teacher(config: ConfigDict, name: str, checkpoint: str, **fields: Any) -> None:
+    """Add a teacher of that name to a config."""
+    config.teachers[name] = _model()
+    config.teachers[name].checkpoint = checkpoint
+    for field, value in fields.items():
+        config.teachers[name][field] = value
+
+
+# The paper's baselines and ablations as changes of the config, by name.
+ARMS: dict[str, dict[str, Any]] = {
+    "ril": {},
+    "dr_grpo": {"ril.num_teacher_generations": 0, "discriminator.enabled": False},
+    "grpo": {
+        "ril.num_teacher_generations": 0,
+        "discriminator.enabled": False,
+        "ril.loss_type": "grpo",
+        "ril.scale_rewards": "std",
+    },
+    "no_discriminator": {"discriminator.enabled": False},
+    "frozen_discriminator": {"discriminator.update": False},
+    "no_answer_reward": {"reward.answer_weight": 0.0},
+    "no_teacher_rows": {"ril.num_teacher_generations": 0},
+    "gad": {"discriminator.loss": "pairs", "reward.similarity": "score", "reward.answer_weight": 0.0},
+}
+
+
+def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
+    """The config of one arm. Raises InputError for an unknown name."""
+    changed = ConfigDict(copy.deepcopy(config.to_dict()))
+    if arm.startswith("teacher_") and arm.removeprefix("teacher_") in config.teachers:
+        name = arm.removeprefix("teacher_")
+        changed.teachers = ConfigDict({name: changed.teachers[name]})
+        return changed
+    if arm not in ARMS:
+        teachers = [f"teacher_{name}" for name in config.teachers]
+        raise InputError(f"config.arms: {arm!r} is not known; known are {', '.join([*ARMS, *teachers])}")
+    for field, value in ARMS[arm].items():
+        section, _, leaf = field.partition(".")
+        changed[section][leaf] = value
+    return changed
+
+
+def validate(config: ConfigDict) -> None:
+    """Check what no single stage can: names, choices and numbers. Raises InputError that names the field and the mend."""
+    for stage in stages(config):
+        if stage not in STAGES:
+            raise InputError(f"config.stages: {stage!r} is not known; known are {', '.join(STAGES)}")
+    _choice(config, "discriminator.context", ("none", "question", "question_image"))
+    _choice(config, "discriminator.loss", ("gail", "pairs"))
+    _choice(config, "ril.loss_type", ("dr_grpo", "grpo"))
+    _choice(config, "ril.scale_rewards", ("none", "std"))
+    _choice(config, "reward.judge.kind", ("rules", "openai", "none"))
+    _choice(config, "student.dtype", ("bfloat16", "float32"))
+    for model in ("student", *(f"teachers.{name}" for name in config.teachers)):
+        _choice(config, f"{model}.remat", ("none", "full", "dots"))
+    for stage in ("sft", "discriminator", "ril"):
+        batch, micro = config[stage].batch_size, config[stage].micro_batch_size
+        if batch <= 0 or micro < 0 or (micro and batch % micro):
+            raise InputError(f"config.{stage}.micro_batch_size={micro} must divide config.{stage}.batch_size={batch}")
+    if config.ril.num_generations + config.ril.num_teacher_generations < 2:
+        raise InputError("config.ril.num_generations: a group needs at least two responses")
+    if config.teachers and config.ril.num_teacher_generations % len(config.teachers):
+        raise InputError(
+            f"config.ril.num_teacher_generations={config.ril.num_teacher_generations} does not split evenly among "
+            f"{len(config.teachers)} teachers"
+        )
+    for arm in arms(config):
+        arm_config(config, arm)
+
+
+def stages(config: ConfigDict) -> list[str]:
+    return [part.strip() for part in config.stages.split(",") if part.strip()]
+
+
+def arms(config: ConfigDict) -> list[str]:
+    return [part.strip() for part in config.arms.split(",") if part.strip()]
+
+
+def _choice(config: ConfigDict, field: str, known: tuple[str, ...]) -> None:
+    value: Any = config
+    for part in field.split("."):
+        value = value[part]
+    if value not in known:
+        raise InputError(f"config.{field}={value!r} is not known; use one of {', '.join(known)}")

@@ -1,0 +1,58 @@
+"""Rows `[prompt | response 1 | ... | response S]`: log-probabilities of the responses, with the prompt computed once.
+
+This is the group-shared form (architecture idea 4). With S = 1 it is the ordinary form that SFT uses.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ril_jax import objectives
+from ril_jax.data.packing import PromptBatch, ResponseBatch
+from ril_jax.models.qwen2_5_vl import VisionLanguageModel
+
+
+def response_logprobs(
+    model: VisionLanguageModel,
+    prompts: PromptBatch,
+    responses: ResponseBatch,
+    features: jax.Array | None,
+    *,
+    dtype: Any,
+    remat: str = "none",
+    chunk: int = 1024,
+    unroll: int | bool = 1,
+):
+    """Log-probability (temperature 1, raw model) and entropy of every response token.
+
+    Args:
+      prompts: [B, P] arrays; responses: [B, S, R] arrays. features: [F, D] encoded images of the whole batch, or None.
+      chunk: tokens whose [V] logits stand at the same time.
+
+    Returns: (logprobs [B, S, R], entropy [B, S, R]) float32; values outside `responses.mask` have no meaning.
+    """
+    B, P = prompts.token_ids.shape
+    _, S, R = responses.token_ids.shape
+    x_prompt = model.embed(prompts.token_ids, features, prompts.feature_index, dtype=dtype)
+    x_responses = model.text.embed(responses.token_ids.reshape(B, S * R)).astype(dtype)
+    positions_bsr = jnp.broadcast_to(prompts.next_position[:, None, None] + jnp.arange(R), (B, S, R)).reshape(B, S * R)
+    positions = jnp.concatenate([prompts.positions, jnp.broadcast_to(positions_bsr, (3, B, S * R))], axis=-1)
+    hidden, _ = model.text.rows(
+        jnp.concatenate([x_prompt, x_responses], axis=1),
+        positions,
+        jnp.concatenate([prompts.valid, responses.mask.reshape(B, S * R)], axis=1),
+        prompt_len=P,
+        num_responses=S,
+        remat=remat,
+        unroll=unroll,
+    )
+    D = hidden.shape[-1]
+    # The first token of every response is predicted by the prompt's last, which stands at P - 1 (left padding).
+    first = jnp.broadcast_to(hidden[:, None, P - 1 : P], (B, S, 1, D))
+    predicting = jnp.concatenate([first, hidden[:, P:].reshape(B, S, R, D)[:, :, :-1]], axis=2)
+    logprobs, entropy = objectives.chunked_logprobs(
+        predicting.reshape(-1, D), model.text.head().astype(dtype), responses.token_ids.reshape(-1), chunk=chunk,
+        tied=True,
+    )  # fmt: skip
+    return logprobs.reshape(B, S, R), entropy.reshape(B, S, R)

@@ -1,0 +1,136 @@
+"""The state of one trained network, and the update program that every stage with an optimiser uses."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from ril_jax import sharding
+from ril_jax.models.parameters import Network, Params
+
+
+class TrainState(NamedTuple):
+    """Trained parameters (float32 masters), optimiser state, and the number of updates made ([] int32)."""
+
+    params: Params
+    opt: Any
+    step: jax.Array
+
+
+def make_optimizer(settings: ConfigDict, *, learning_rate: float | None = None) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm; the learning rate goes linearly to its final value.
+
+    A `learning_rate` given here is constant (the RIL rates, ril_paper.md section 5).
+    """
+    if learning_rate is not None:
+        schedule: Any = learning_rate
+    else:
+        decay = max(settings.steps - settings.warmup_steps, 1)
+        schedule = optax.linear_schedule(settings.learning_rate, settings.final_learning_rate, decay)
+        if settings.warmup_steps:
+            warmup = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
+            schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
+    return optax.chain(
+        optax.clip_by_global_norm(settings.max_grad_norm),
+        optax.adamw(schedule, b1=settings.adam_b1, b2=settings.adam_b2, weight_decay=settings.weight_decay),
+    )
+
+
+def split_frozen(params: Params, *, train_vision: bool) -> tuple[Params, Params]:
+    """(trained, frozen): with a frozen vision tower its parameters carry no gradient and no optimiser state."""
+    if train_vision:
+        return dict(params), {}
+    frozen = {name: value for name, value in params.items() if name.startswith("vision.")}
+    return {name: value for name, value in params.items() if name not in frozen}, frozen
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A fresh state around `params`; moments are sharded as their parameters."""
+    opt = jax.jit(optimizer.init, out_shardings=opt_shardings(params, optimizer, mesh))(params)
+    return TrainState(params, opt, sharding.put(jnp.int32(0), mesh))
+
+
+def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`, for restoring a checkpoint."""
+    shapes = jax.eval_shape(optimizer.init, params)
+    opt = jax.tree.map(_with_sharding, shapes, opt_shardings(params, optimizer, mesh))
+    abstract = {name: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for name, p in params.items()}
+    return TrainState(abstract, opt, _with_sharding(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated(mesh)))
+
+
+def opt_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Shardings of the optimiser state: a moment lies as its parameter does, everything else is replicated."""
+    shapes = jax.eval_shape(optimizer.init, params)
+
+    def of(path, leaf):
+        name = path[-1].key if path and isinstance(path[-1], jax.tree_util.DictKey) else None
+        if name in params and leaf.shape == params[name].shape:
+            return params[name].sharding
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, shapes)
+
+
+def make_update(
+    loss_fn: Callable[[Params, Any, Any], tuple[jax.Array, Mapping[str, jax.Array]]],
+    optimizer: optax.GradientTransformation,
+    *,
+    donate: bool = True,
+):
+    """A jitted update (state, shared, batch) -> (state, metrics) that sums gradients over micro-batches.
+
+    Args:
+      loss_fn: (params, shared, micro-batch) -> (loss, metrics). Loss and metrics are *sums* with constant normalisers
+        applied, so that adding them over micro-batches gives what the whole batch would give.
+
+    `shared` is passed whole (frozen parameters, image features), every leaf of `batch` has a leading micro-batch axis.
+    Where loss or gradient norm is not finite the state stays as it was, and `metrics["finite"]` is 0.
+    """
+
+    def update(state: TrainState, shared, batch):
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        count = jax.tree.leaves(batch)[0].shape[0]
+        one = functools.partial(jax.tree.map, lambda a: a[0])
+        if count == 1:
+            (loss, sums), grads = grad_fn(state.params, shared, one(batch))
+        else:
+            shapes = jax.eval_shape(grad_fn, state.params, shared, one(batch))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+            def add(total, micro):
+                return jax.tree.map(jnp.add, total, grad_fn(state.params, shared, micro)), None
+
+            ((loss, sums), grads), _ = jax.lax.scan(add, zeros, batch)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def apply(operand):
+            params, opt = operand
+            updates, opt = optimizer.update(grads, opt, params)
+            return optax.apply_updates(params, updates), opt
+
+        params, opt = jax.lax.cond(finite, apply, lambda operand: operand, (state.params, state.opt))
+        metrics = dict(sums) | {"loss": loss, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
+        return TrainState(params, opt, state.step + 1), metrics
+
+    return jax.jit(update, donate_argnums=(0,) if donate else ())
+
+
+def fresh_params(network: Network, seed: int, mesh: Mesh) -> Params:
+    """Randomly initialised float32 parameters in their sharding."""
+    shardings = sharding.param_shardings(network.specs, mesh)
+    return jax.jit(network.init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def split_micro(tree: Any, count: int) -> Any:
+    """Leaves [B, ...] as [count, B / count, ...]."""
+    return jax.tree.map(lambda a: a.reshape(count, a.shape[0] // count, *a.shape[1:]), tree)
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, where) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
