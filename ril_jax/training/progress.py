@@ -88,7 +88,7 @@ class Progress:
         return (self.done - self._start) / trained if trained > 0 else 0.0
 
     def eta(self) -> float | None:
-        """Seconds that are left, pauses included in the share that they had so far; compilation, which is over, apart."""
+        """Seconds that are left, pauses included in the share they had so far; compilation, which is over, apart."""
         done = self.done - self._start
         if done <= 0:
             return None
