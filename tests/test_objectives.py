@@ -1,5 +1,7 @@
 """Objectives against float64 numpy restatements, hand-computed cases and the checks that follow from Eq. 2."""
 
+from functools import cache, partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,23 +59,26 @@ def eq2_in_numpy(new, old, ref, advantages, mask, *, low, high, beta, normalizer
     )
 
 
+@partial(jax.jit, static_argnames=("beta", "normalizer", "epsilon_high", "loss_type"))
+def step(new, old, ref, advantages, mask, **options):
+    def loss(new):
+        return objectives.policy_loss(new, old, ref, advantages, mask, epsilon=EPSILON, **options)
+
+    return jax.value_and_grad(loss, has_aux=True)(new)
+
+
 def loss_and_grad(batch, *, old="old", ref="ref", beta=BETA, normalizer=NORMALIZER, **options):
     fixed = {name: jnp.asarray(value, jnp.float32) for name, value in batch.items()}
-
-    def loss(new):
-        return objectives.policy_loss(
-            new,
-            fixed[old] if old else None,
-            fixed[ref] if ref else None,
-            fixed["advantages"],
-            fixed["mask"],
-            epsilon=EPSILON,
-            beta=beta,
-            normalizer=normalizer,
-            **options,
-        )
-
-    (value, metrics), grad = jax.jit(jax.value_and_grad(loss, has_aux=True))(fixed["new"])
+    (value, metrics), grad = step(
+        fixed["new"],
+        fixed[old] if old else None,
+        fixed[ref] if ref else None,
+        fixed["advantages"],
+        fixed["mask"],
+        beta=beta,
+        normalizer=normalizer,
+        **options,
+    )
     return value, grad, metrics
 
 
@@ -319,15 +324,23 @@ def head_problem(n=23, d=6, v=37, dtype=np.float64):
     )
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("chunk", [1, 8, 23, 100])
+@cache
+def dense_in_float64():
+    hidden, head, targets, weights = head_problem()
+
+    def loss(hidden, head):
+        out = dense_logprobs(hidden, head, targets)
+        return (jnp.stack(out) * weights).sum(), out
+
+    with jax.enable_x64(True):
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head)
+        return jax.tree.map(np.asarray, (out, grads))
+
+
+@pytest.mark.parametrize(("chunk", "tied"), [(1, False), (8, False), (8, True), (23, True), (100, False)])
 def test_chunked_logprobs_entropies_and_gradients_equal_the_dense_ones(chunk, tied):
     hidden, head, targets, weights = head_problem()
-    with jax.enable_x64(True):
-        dense = dense_logprobs(hidden, head, targets)
-        dense_grads = jax.grad(lambda h, w: (jnp.stack(dense_logprobs(h, w, targets)) * weights).sum(), (0, 1))(
-            jnp.asarray(hidden), jnp.asarray(head)
-        )
+    dense, dense_grads = dense_in_float64()
     ours = jnp.asarray(head.T if tied else head, jnp.float32)
 
     def chunked(h, w):
@@ -380,14 +393,14 @@ def test_tokens_by_vocabulary_never_exists_forward_or_backward():
     hidden, head = jnp.ones((n, d), jnp.float32), jnp.full((d, v), 0.01, jnp.float32)
     targets = jnp.zeros(n, jnp.int32)
 
-    def grads(logprobs):
+    def training_step(logprobs):
         return jax.jit(jax.value_and_grad(lambda h, w: sum(x.sum() for x in logprobs(h, w)), (0, 1)))
 
-    def temporary_bytes(step):
-        return step.lower(hidden, head).compile().memory_analysis().temp_size_in_bytes
+    def temporary_bytes(compiled):
+        return compiled.lower(hidden, head).compile().memory_analysis().temp_size_in_bytes
 
-    chunked = grads(lambda h, w: objectives.chunked_logprobs(h, w, targets, chunk=chunk))
-    dense = grads(lambda h, w: dense_logprobs(h, w, targets))
+    chunked = training_step(lambda h, w: objectives.chunked_logprobs(h, w, targets, chunk=chunk))
+    dense = training_step(lambda h, w: dense_logprobs(h, w, targets))
     assert temporary_bytes(dense) >= n * v * 4
     # A few arrays of [chunk, V] and of the head's size, against [N, V] = 16 chunks.
     assert temporary_bytes(chunked) < n * v * 4 / 2
