@@ -174,7 +174,7 @@ def enable_persistent_cache(folder: str | os.PathLike[str] | None = None) -> Pat
 
     The folder is, in this order: `folder`; $JAX_COMPILATION_CACHE_DIR; $RIL_JAX_CACHE; a folder of this user, this
     JAX and this kind of machine under $XDG_CACHE_HOME or ~/.cache. RIL_JAX_CACHE=off turns the cache off. Programs that
-    compile in less than half a second get no file. Returns the folder, or None if off or not writable (which is logged).
+    compile in less than half a second get no file. Returns the folder, or None if off or not writable (then logged).
     Call it before the first compilation; it does not start a backend.
     """
     setting = os.environ.get("RIL_JAX_CACHE", "")
