@@ -45,6 +45,7 @@ CHARTS: tuple[tuple[str, str], ...] = (
 _MOST_POINTS = 400
 _MOST_IMAGE_SIDE = 560
 _COLORS = 8
+_ACCURACY = "held-out accuracy (95 % interval)"
 
 
 @dataclass(frozen=True)
@@ -104,17 +105,21 @@ def terminal_summary(workdir: str | os.PathLike[str]) -> str:
     lines: list[str] = []
     arms: Mapping[str, Any] = summary.get("arms", {})
     if arms:
-        lines.append("held-out accuracy")
+        lines.append(_ACCURACY)
         width = max(map(len, arms))
         for name, row in arms.items():
             lines.append(f"  {name:<{width}}  {_accuracy_words(row)}")
     for stage, by_arm in load_runs(workdir).items():
         lines.append(f"{stage}: first to last, over the steps")
-        found = [(f"{c.title}, {line.label}", line) for c in charts_of(by_arm) if not c.minor for line in c.lines]
-        width = max([len(name) for name, _ in found], default=0)
-        for name, line in found:
-            values = [value for _, value in line.points]
-            lines.append(f"  {name:<{width}}  {sparkline(values)}  {values[0]:.4g} to {values[-1]:.4g}")
+        charts = [chart for chart in charts_of(by_arm) if not chart.minor]
+        width = max([len(f"{c.title}, {line.label}") for c in charts for line in c.lines], default=0)
+        for chart in charts:
+            together = [value for line in chart.lines for _, value in line.points]  # arms are drawn on one scale
+            for line in chart.lines:
+                values = [value for _, value in line.points]
+                name = f"{chart.title}, {line.label}"
+                curve = sparkline(values, scale=together)
+                lines.append(f"  {name:<{width}}  {curve}  {values[0]:.4g} to {values[-1]:.4g}")
     stages = _read_json(workdir / "stages.json") or {}
     if stages:
         total = sum(entry["seconds"] for entry in stages.values())
@@ -123,15 +128,18 @@ def terminal_summary(workdir: str | os.PathLike[str]) -> str:
     return "\n".join(lines)
 
 
-def sparkline(values: Sequence[float], width: int = 24) -> str:
-    """Values as a row of at most `width` block characters, lowest to highest; what is not finite shows as a dot."""
+def sparkline(values: Sequence[float], *, width: int = 24, scale: Sequence[float] | None = None) -> str:
+    """Values as at most `width` block characters, from the lowest to the highest of `scale` (default: of themselves).
+
+    More values than `width` are drawn by the means of equal parts; what is not finite shows as a dot.
+    """
     buckets = [[v for v in part if math.isfinite(v)] for part in _split(list(values), width)]
     means = [sum(part) / len(part) if part else math.nan for part in buckets]
-    finite = [m for m in means if math.isfinite(m)]
+    finite = [v for v in (means if scale is None else scale) if math.isfinite(v)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     blocks = "▁▂▃▄▅▆▇█"
-    scale = (len(blocks) - 1) / (high - low) if high > low else 0.0
-    return "".join("·" if math.isnan(m) else blocks[round((m - low) * scale)] for m in means)
+    unit = (len(blocks) - 1) / (high - low) if high > low else 0.0
+    return "".join("·" if math.isnan(m) else blocks[round((m - low) * unit)] for m in means)
 
 
 # --- what a run wrote ------------------------------------------------------------------------------------------------
@@ -299,9 +307,7 @@ def _summary_section(summary: Mapping[str, Any], colors: Mapping[str, int]) -> s
     if arms:
         shown = {"accuracy", "interval"}
         further = list(dict.fromkeys(key for row in arms.values() for key in row if key not in shown))
-        head = "".join(
-            f"<th>{_text(name.replace('_', ' '))}</th>" for name in ("arm", "held-out accuracy", "", *further)
-        )
+        head = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in ("arm", _ACCURACY, "", *further))
         rows = []
         for name, row in arms.items():
             cells = [_text(name), _text(_accuracy_words(row)), _accuracy_bar(row, colors.get(name, 0))]
@@ -322,7 +328,7 @@ def _accuracy_words(row: Mapping[str, Any]) -> str:
     if accuracy is None:
         return "-"
     interval = row.get("interval")
-    around = f" (95 % interval {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+    around = f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
     return f"{accuracy:.3f}{around}"
 
 
@@ -353,7 +359,7 @@ def _stage_section(stage: str, by_arm: Mapping[str, Curves], colors: Mapping[str
     minor = [_figure(chart) for chart in charts if chart.minor]
     more = ""
     if minor:
-        title = f"{len(minor)} more metrics"
+        title = f"{len(minor)} more metric{'s' if len(minor) > 1 else ''}"
         more = f'<details><summary>{title}</summary><div class="charts">{"".join(minor)}</div></details>'
     return f'<section><h2>Stage {_text(stage)}</h2><div class="charts">{major}</div>{more}</section>'
 
