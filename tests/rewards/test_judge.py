@@ -184,6 +184,7 @@ def test_unreachable_judge_pauses_the_run_and_is_believed_when_it_is_back():
     with Endpoint(port=port):
         thread.join(20)
     assert [v.score for v in result] == [1.0, 0.0, 0.0]
+    assert judge.pop_metrics()["judge/retries"] >= 2 * len(lines)
 
 
 def test_a_run_that_is_asked_to_stop_does_not_wait_for_the_judge():
