@@ -140,9 +140,9 @@ def test_an_error_inside_the_function_tells_its_line(tmp_path):
         "broken.py",
         """\
         def reward(completions):
-            return helper(completions)
+            return divide(completions)
 
-        def helper(completions):
+        def divide(completions):
             return 1 / 0
         """,
     )
