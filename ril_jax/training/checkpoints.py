@@ -69,6 +69,8 @@ class Checkpointer:
         if fingerprint is not None:
             claim_folder(self.folder, fingerprint, allow_change=allow_config_change)
         self._in_flight: int | None = None
+        self._quiet = _NoTracebackOfStorage()
+        logging.getLogger("absl").addFilter(self._quiet)
         with self._clear_errors("opening"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = self._open()
@@ -79,7 +81,8 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps of which a complete checkpoint lies on disk, oldest first."""
-        return sorted(self._manager.all_steps(read=True))
+        # Listed here and not asked of orbax, whose list holds a step from the moment that its save begins.
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir())
 
     def save(self, step: int, arrays: Any, host: Mapping[str, Any], *, force: bool = False) -> bool:
         """Start saving the state after `step` if it is due (or `force`), and return whether `step` has a checkpoint.
@@ -96,7 +99,7 @@ class Checkpointer:
         record = {"arrays": described, "hosts": _gather_hosts(host)}
         with self._clear_errors(f"saving step {step}"):
             self._manager.wait_until_finished()
-            if step in self._manager.all_steps():
+            if step in self.steps():
                 return True
             self._check_free_space(step, flat)
             self._in_flight = step
@@ -154,8 +157,11 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for the save in flight and let go of the folder."""
-        self.wait()
-        self._manager.close()
+        try:
+            self.wait()
+            self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(self._quiet)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -419,6 +425,14 @@ _STORAGE_WORDS = {
     "read-only file system": errno.EROFS,
     "permission denied": errno.EACCES,
 }
+
+
+class _NoTracebackOfStorage(logging.Filter):
+    """Holds back what orbax's threads log of a full disk, four tracebacks long: save() or wait() say it in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        return error is None or "orbax" not in record.pathname or _storage_reason(error) is None
 
 
 def _storage_reason(error: BaseException | None) -> str | None:
