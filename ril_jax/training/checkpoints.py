@@ -118,6 +118,7 @@ class Checkpointer:
         corrupt or incomplete is reported, set aside as corrupt-STEP, and the one before it is taken. Raises InputError
         if arrays are missing or differ in shape or dtype (all of them listed), or if none of several is readable.
         """
+        self.wait()
         broken = []
         for step in reversed(self.steps()):
             verified = False
