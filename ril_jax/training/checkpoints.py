@@ -119,7 +119,6 @@ class Checkpointer:
         if arrays are missing or differ in shape or dtype (all of them listed), or if none of several is readable.
         """
         self.wait()
-        broken = []
         for step in reversed(self.steps()):
             verified = False
             problems: list[str] = []
@@ -140,14 +139,14 @@ class Checkpointer:
                 )
             if _every_process(failure is None) and restored is not None:
                 return restored
-            broken.append(step)
             words = " ".join(str(failure or "another process cannot read it").split())[:300]
             logger.warning("CHECKPOINT of step %d in %s is damaged and set aside: %s", step, self.folder, words)
             self._set_aside(step)
-        if broken:
+        broken = sorted(path.name for path in self.folder.glob("corrupt-*"))
+        if broken:  # also those of an earlier start: a stage never begins again from nothing unasked
             raise InputError(
-                f"none of the checkpoints in {self.folder} can be read (steps {', '.join(map(str, broken))}, now "
-                "corrupt-STEP): bring back a copy, or delete the folder to start this stage again"
+                f"{self.folder} has no checkpoint that can be read, only {', '.join(broken)}: bring back a copy, or delete "
+                "the folder to start this stage again"
             )
         return None
 

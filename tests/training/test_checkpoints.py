@@ -183,8 +183,9 @@ def test_no_readable_checkpoint_is_an_error_not_a_silent_start_from_nothing(tmp_
     fill(tmp_path, steps=(1, 2))
     for step in (1, 2):
         data_file(tmp_path, step).unlink()
-    with Checkpointer(tmp_path) as checkpointer, pytest.raises(InputError, match="steps 2, 1"):
-        checkpointer.restore_latest(SMALL)
+    for _ in range(2):  # the next start does not forget it
+        with Checkpointer(tmp_path) as checkpointer, pytest.raises(InputError, match="only corrupt-1, corrupt-2"):
+            checkpointer.restore_latest(SMALL)
 
 
 def test_a_bug_while_reading_an_intact_checkpoint_sets_nothing_aside(tmp_path, monkeypatch):
