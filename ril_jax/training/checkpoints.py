@@ -145,8 +145,8 @@ class Checkpointer:
         broken = sorted(path.name for path in self.folder.glob("corrupt-*"))
         if broken:  # also those of an earlier start: a stage never begins again from nothing unasked
             raise InputError(
-                f"{self.folder} has no checkpoint that can be read, only {', '.join(broken)}: bring back a copy, or delete "
-                "the folder to start this stage again"
+                f"{self.folder} has no checkpoint that can be read, only {', '.join(broken)}: bring back a copy, or "
+                "delete the folder to start this stage again"
             )
         return None
 
