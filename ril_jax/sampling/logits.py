@@ -25,23 +25,37 @@ def choose_tokens(logits, seen, keys, step, params: SamplingParams):
 
     Returns: [B, G] int32.
     """
+    logits, order = filter_logits(logits, seen, params)
+    if params.temperature == 0.0:
+        choice = jnp.argmax(logits, axis=-1)
+    else:
+        draw = jax.vmap(jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row)))
+        choice = draw(keys, logits)
+    if order is not None:
+        choice = jnp.take_along_axis(order, choice[..., None], axis=-1)[..., 0]
+    return choice.astype(jnp.int32)
+
+
+def filter_logits(logits, seen, params: SamplingParams):
+    """The logits whose softmax is sampled from (HF's logits processors), -inf for tokens that are filtered out.
+
+    Args: as of `choose_tokens`.
+
+    Returns: (logits [B, G, k], order [B, G, k] int32: the token of each, best first; None if logit i is of token i).
+    """
     if params.repetition_penalty != 1.0:
         penalised = jnp.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
         logits = jnp.where(seen, penalised, logits)
     if params.temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return logits, None
     logits = logits / params.temperature
-    order = None
     vocab = logits.shape[-1]
-    if 0 < params.top_k < vocab or params.top_p < 1.0:
-        k = params.top_k if 0 < params.top_k < vocab else vocab
-        logits, order = jax.lax.top_k(logits, k)
+    limited = 0 < params.top_k < vocab
+    if not limited and params.top_p >= 1.0:
+        return logits, None
+    logits, order = jax.lax.top_k(logits, params.top_k if limited else vocab)
     if params.top_p < 1.0:
         # Sorted from the top: a token stays if less than top_p of the mass lies above it, so one always stays.
         probs = jax.nn.softmax(logits, axis=-1)
         logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < params.top_p, logits, -jnp.inf)
-    draw = jax.vmap(jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row)))
-    choice = draw(keys, logits)
-    if order is not None:
-        choice = jnp.take_along_axis(order, choice[..., None], axis=-1)[..., 0]
-    return choice.astype(jnp.int32)
+    return logits, order
