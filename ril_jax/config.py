@@ -24,6 +24,11 @@ def default_config() -> ConfigDict:
     c.student = _model()
     c.teachers = ConfigDict()  # name -> _model(); use add_teacher
 
+    c.prepare = ConfigDict()  # the embedded default's own stage; see training/prepare.py
+    c.prepare.num_sft, c.prepare.num_questions, c.prepare.num_eval = 2000, 1200, 1000
+    c.prepare.sft_mixture = "STUDENT_SFT"
+    c.prepare.models = ConfigDict()
+
     c.data = ConfigDict()
     c.data.sft = ""  # data sets in TFDS form (python -m ril_jax.data writes them)
     c.data.questions = ""  # the RIL questions
@@ -72,12 +77,16 @@ def default_config() -> ConfigDict:
     c.reward.answer_weight = 1.0  # [P]; 0 drops the judge
     c.reward.judge = ConfigDict()
     c.reward.judge.kind = "rules"  # "rules", "openai", or "none"
-    c.reward.judge.base_url = ""  # of an OpenAI-compatible endpoint, for "openai"
+    c.reward.judge.base_url = ""  # of an OpenAI-compatible endpoint, for "openai": http://host:8000/v1
     c.reward.judge.model = "Qwen/Qwen2.5-32B-Instruct"  # [P]
-    c.reward.judge.api_key_env = "OPENAI_API_KEY"
+    c.reward.judge.api_key_env = ""  # environment variable that holds the key
     c.reward.judge.concurrency = 64
-    c.reward.judge.timeout_s = 120.0
     c.reward.judge.max_tokens = 256  # [R]
+    c.reward.judge.connect_timeout = 10.0  # seconds
+    c.reward.judge.read_timeout = 120.0
+    c.reward.judge.max_wait = 120.0  # longest pause between two tries of an endpoint that does not answer
+    c.reward.judge.cache_path = "{workdir}/judge_cache.jsonl"
+    c.reward.judge.relative_tolerance = 1e-6  # of numbers, for "rules"
     c.reward.functions = ()  # dotted paths of users' own reward functions
     c.reward.function_weights = ()  # one each; 1.0 by default
 
@@ -150,6 +159,30 @@ def add_teacher(config: ConfigDict, name: str, checkpoint: str, **fields: Any) -
     config.teachers[name].checkpoint = checkpoint
     for field, value in fields.items():
         config.teachers[name][field] = value
+
+
+def made_model(**fields: Any) -> ConfigDict:
+    """One model of config.prepare.models, made in the workdir by the prepare stage.
+
+    `base`: name of the model that it goes on from, "" for a new one. `phases`: name -> what it learns, in order: the fields
+    of `training` and `mixture` (a name in data/synthetic.py), `num_examples`, `split`.
+    """
+    c = ConfigDict()
+    c.base = ""
+    c.hidden_size, c.num_layers, c.num_heads, c.num_kv_heads, c.intermediate_size = 64, 3, 4, 2, 192
+    c.vision_hidden_size, c.vision_depth, c.vision_heads, c.vision_intermediate_size = 48, 2, 3, 144
+    c.rope_theta = 10000.0
+    c.phases = ConfigDict()
+    c.update(fields)
+    return c
+
+
+def phase(mixture: str, *, num_examples: int, split: str = "pretrain", **fields: Any) -> ConfigDict:
+    """One phase of a made model."""
+    warmup = fields.pop("warmup_steps", 0)
+    c = training(**fields)
+    c.warmup_steps, c.train_vision, c.mixture, c.num_examples, c.split = warmup, True, mixture, num_examples, split
+    return c
 
 
 # The paper's baselines and ablations as changes of the config, by name.

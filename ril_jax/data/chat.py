@@ -206,6 +206,17 @@ class ChatTokenizer:
         patched = tuple(processor(image) for image in images) if processor is not None else ()
         return EncodedPrompt(np.repeat(ids, counts), patched, cut)
 
+    def encode_messages(
+        self, messages: Sequence[Mapping[str, Any]], image_tokens: Sequence[int], *, name: str
+    ) -> np.ndarray:
+        """Token ids [P] int32 of messages whose images were processed before, to `image_tokens` tokens each."""
+        messages = chat_messages(messages, len(image_tokens), name=name)
+        ids = self._encode(messages, len(image_tokens), True)
+        counts = np.ones(len(ids), np.int64)
+        if self.image_token_id is not None:
+            counts[ids == self.image_token_id] = image_tokens
+        return np.repeat(ids, counts)
+
     def encode_response(self, text: str, *, finished: bool) -> np.ndarray:
         """[R] int32: a response's tokens as the model would produce them after the generation prompt.
 

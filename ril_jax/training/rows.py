@@ -13,7 +13,7 @@ from ril_jax.data.packing import PromptBatch, ResponseBatch
 from ril_jax.models.qwen2_5_vl import VisionLanguageModel
 
 
-def response_logprobs(
+def response_hidden(
     model: VisionLanguageModel,
     prompts: PromptBatch,
     responses: ResponseBatch,
@@ -21,16 +21,14 @@ def response_logprobs(
     *,
     dtype: Any,
     remat: str = "none",
-    chunk: int = 1024,
     unroll: int | bool = 1,
 ):
-    """Log-probability (temperature 1, raw model) and entropy of every response token.
+    """Final hidden states of a batch of rows.
 
     Args:
-      prompts: [B, P] arrays; responses: [B, S, R] arrays. features: [F, D] encoded images of the whole batch, or None.
-      chunk: tokens whose [V] logits stand at the same time.
+      prompts: [B, P] arrays; responses: [B, S, R] arrays; features: [F, D] encoded images that `feature_index` points into.
 
-    Returns: (logprobs [B, S, R], entropy [B, S, R]) float32; values outside `responses.mask` have no meaning.
+    Returns: (hidden of the prompt's last token [B, D], hidden of the responses [B, S, R, D]).
     """
     B, P = prompts.token_ids.shape
     _, S, R = responses.token_ids.shape
@@ -47,12 +45,37 @@ def response_logprobs(
         remat=remat,
         unroll=unroll,
     )
+    return hidden[:, P - 1], hidden[:, P:].reshape(B, S, R, -1)  # prompts are padded on the left
+
+
+def response_logprobs(
+    model: VisionLanguageModel,
+    prompts: PromptBatch,
+    responses: ResponseBatch,
+    features: jax.Array | None,
+    *,
+    dtype: Any,
+    remat: str = "none",
+    chunk: int = 1024,
+    unroll: int | bool = 1,
+):
+    """Log-probability (temperature 1, raw model) and entropy of every response token.
+
+    Arguments as `response_hidden`; chunk: tokens whose [V] logits stand at the same time.
+
+    Returns: (logprobs [B, S, R], entropy [B, S, R]) float32; values outside `responses.mask` have no meaning.
+    """
+    B, S, R = responses.token_ids.shape
+    last, hidden = response_hidden(model, prompts, responses, features, dtype=dtype, remat=remat, unroll=unroll)
     D = hidden.shape[-1]
-    # The first token of every response is predicted by the prompt's last, which stands at P - 1 (left padding).
-    first = jnp.broadcast_to(hidden[:, None, P - 1 : P], (B, S, 1, D))
-    predicting = jnp.concatenate([first, hidden[:, P:].reshape(B, S, R, D)[:, :, :-1]], axis=2)
+    # The first token of every response is predicted by the prompt's last.
+    first = jnp.broadcast_to(last[:, None, None], (B, S, 1, D))
+    predicting = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
     logprobs, entropy = objectives.chunked_logprobs(
-        predicting.reshape(-1, D), model.text.head().astype(dtype), responses.token_ids.reshape(-1), chunk=chunk,
+        predicting.reshape(-1, D),
+        model.text.head().astype(dtype),
+        responses.token_ids.reshape(-1),
+        chunk=chunk,
         tied=True,
-    )  # fmt: skip
+    )
     return logprobs.reshape(B, S, R), entropy.reshape(B, S, R)

@@ -1,0 +1,72 @@
+"""Train a student by RIL: the stages sft -> collect -> discriminator -> ril, each resumable.
+
+    python -m ril_jax.train --config=configs/qwen7b.py --workdir=DIR [--config.stages=ril] [--config.a.b=value]
+
+Started again in the same workdir it goes on where it was; a stage that is done is not run again.
+"""
+
+import json
+import time
+from types import SimpleNamespace
+
+from ril_jax import cli
+from ril_jax import config as config_lib
+
+
+def main(args: SimpleNamespace) -> int:
+    from ril_jax.compilation import enable_persistent_cache
+    from ril_jax.report import terminal_summary, write_report
+    from ril_jax.training import overview
+    from ril_jax.training.checkpoints import StopSignal, claim_folder
+    from ril_jax.training.metrics import write_atomically
+    from ril_jax.training.run import Run
+
+    started = time.monotonic()
+    config, workdir = args.config, args.workdir
+    workdir.mkdir(parents=True, exist_ok=True)
+    if config.logging.compile_cache:
+        enable_persistent_cache()
+    with StopSignal() as stop:
+        run = Run.start(config, workdir, stop)
+        claim_folder(workdir, run.fingerprint(), allow_change=config.allow_config_change)
+        print(overview.describe_start(run), flush=True)
+        for stage in config_lib.stages(config):
+            _run_stage(run, stage)
+        summary = overview.summarise(run)
+        write_atomically(workdir / "summary.json", json.dumps(summary, indent=2).encode())
+        run.timer.save()
+        page = write_report(workdir)
+        print(terminal_summary(workdir))
+        print(f"\nreport: {page}\nall of it took {overview.duration(time.monotonic() - started)}", flush=True)
+    return 0
+
+
+def _run_stage(run, stage: str) -> None:
+    from ril_jax.training import overview
+    from ril_jax.training.collect import run_collect
+    from ril_jax.training.discriminator import run_discriminator
+    from ril_jax.training.prepare import run_prepare
+    from ril_jax.training.ril import run_ril
+    from ril_jax.training.sft import run_sft
+
+    if stage == "ril":
+        for arm in config_lib.arms(run.config):
+            label = f"ril/{arm}"
+            if run.is_done(label):
+                print(f"{label}: done before", flush=True)
+                continue
+            overview.announce(run, label)
+            with run.timer.stage(label):
+                run_ril(run, arm)
+        return
+    if run.is_done(stage):
+        print(f"{stage}: done before", flush=True)
+        return
+    overview.announce(run, stage)
+    runs = {"prepare": run_prepare, "sft": run_sft, "collect": run_collect, "discriminator": run_discriminator}
+    with run.timer.stage(stage):
+        runs[stage](run)
+
+
+if __name__ == "__main__":
+    cli.run(main)

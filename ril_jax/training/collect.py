@@ -1,0 +1,143 @@
+"""Stage 2: N responses per question from the student and from every teacher, cached as one data set.
+
+Every model's responses are written in small parts, each whole or not there, so a killed run repeats at most one part.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ril_jax.data.records import Question, QuestionDataset, Response, read_dataset, write_dataset
+from ril_jax.errors import InputError
+from ril_jax.models.parameters import hash_name
+from ril_jax.training.batches import Buckets, PromptEncoder, flatten_micro
+from ril_jax.training.metrics import write_atomically
+from ril_jax.training.progress import Progress
+from ril_jax.training.run import Run
+
+STUDENT = "student"
+
+
+def run_collect(run: Run) -> None:
+    """Sample everyone and write workdir/responses, the teacher data set with the student's responses beside them."""
+    questions = _questions(run)
+    models = [*run.config.teachers] + ([STUDENT] if run.config.collect.student else [])
+    if not models:
+        raise InputError("config.teachers is empty and config.collect.student is false; there is nothing to collect")
+    summary = {name: _collect_model(run, name, questions) for name in models}
+    target = run.workdir / "responses"
+    if not target.exists():
+        write_dataset(target, _merged(run, models, questions), name="responses")
+    run.mark_done("collect", summary)
+
+
+def response_dataset(run: Run) -> QuestionDataset:
+    """Questions with all responses collected in this workdir. Raises InputError where the stage has not run."""
+    if not (run.workdir / "responses").exists():
+        raise InputError(f"{run.workdir}: no responses collected yet; add 'collect' to config.stages")
+    return read_dataset(run.workdir / "responses")
+
+
+def teacher_dataset(run: Run) -> QuestionDataset:
+    """The questions with the teachers' responses: config.data.teacher_data if given, else those collected here."""
+    if run.config.data.teacher_data:
+        return run.dataset("teacher_data")
+    return response_dataset(run)
+
+
+def question_key(seed: int, purpose: str, question_id: str) -> jax.Array:
+    """A PRNG key that depends on these three alone, [2] uint32 (numpy)."""
+    words = np.random.SeedSequence([seed, hash_name(purpose), hash_name(question_id)]).generate_state(2)
+    return words.astype(np.uint32)
+
+
+def _collect_model(run: Run, name: str, questions: list[Question]) -> dict[str, float]:
+    """All parts of one model; returns its summary."""
+    size = run.config.collect.batch_size
+    starts = range(0, len(questions), size)
+    todo = [start for start in starts if not _part(run, name, start).exists()]
+    if todo:
+        _sample_parts(run, name, questions, todo)
+    responses = [r for start in starts for row in _read_part(run, name, start).values() for r in row]
+    lengths = np.array([r["token_count"] for r in responses])
+    truncated = np.mean([r["finish_reason"] == "length" for r in responses])
+    return {
+        "responses": len(responses),
+        "mean_tokens": float(lengths.mean()),
+        "max_tokens": int(lengths.max()),
+        "truncated": float(truncated),
+        "tokens": int(lengths.sum()),
+    }
+
+
+def _sample_parts(run: Run, name: str, questions: list[Question], todo: list[int]) -> None:
+    config, size = run.config, run.config.collect.batch_size
+    if name == STUDENT:
+        model, settings, sampler, params = run.student, config.student, run.sampler, run.pi_init()
+    else:
+        settings = config.teachers[name]
+        model = run.open_model(f"config.teachers.{name}", settings)
+        sampler, params = (
+            run.make_sampler(model, settings),
+            model.load_params(run.mesh, dtype=jnp.dtype(settings.dtype)),
+        )
+    programs = run.make_programs(model, settings)
+    params = programs.cast(params)
+    encoder = PromptEncoder(model.chat, max_length=max(config.data.prompt_buckets))
+    buckets = Buckets.from_config(model.config, config.data)
+    limit = config.sampling.max_completion_length
+    progress = Progress(f"collect {name}", len(questions), start=len(questions) - sum(
+        min(size, len(questions) - start) for start in todo))  # fmt: skip
+    for start in todo:
+        run.stop_if_asked()
+        chunk = questions[start : start + size]
+        prompts = buckets.pack_prompts([encoder(q) for q in chunk], batch=size)
+        features = programs.encode(params, prompts.vision) if prompts.vision is not None else None
+        keys = np.stack([question_key(config.seed, f"collect/{name}", q.id) for q in chunk])
+        keys = np.concatenate([keys, np.zeros((size - len(chunk), 2), np.uint32)])
+        samples = jax.device_get(
+            sampler(
+                params, flatten_micro(prompts), features, keys,
+                num_samples=config.collect.num_generations, max_tokens=limit, sampling=run.sampling_params(),
+            )
+        )  # fmt: skip
+        part = {}
+        for b, question in enumerate(chunk):
+            row = []
+            for g in range(config.collect.num_generations):
+                ids = samples.token_ids[b, g][samples.mask[b, g]]
+                reason = "stop" if samples.finished[b, g] else "length"
+                row.append({"text": model.chat.decode(ids), "token_count": len(ids), "finish_reason": reason})
+            part[question.id] = row
+        write_atomically(_part(run, name, start), json.dumps(part).encode())
+        progress.advance(len(chunk))
+    progress.close()
+
+
+def _merged(run: Run, models: list[str], questions: list[Question]) -> Iterator[Question]:
+    size = run.config.collect.batch_size
+    for start in range(0, len(questions), size):
+        parts = {name: _read_part(run, name, start) for name in models}
+        for q in questions[start : start + size]:
+            responses = tuple(Response(model=name, **r) for name in models for r in parts[name][q.id])
+            yield Question(q.id, q.prompt, q.images, q.solution, responses, q.extra)
+
+
+def _questions(run: Run) -> list[Question]:
+    source = run.dataset("questions")
+    count = run.config.collect.num_questions or len(source)
+    return [source[i] for i in range(min(count, len(source)))]
+
+
+def _part(run: Run, name: str, start: int) -> Path:
+    folder = run.workdir / "collect" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"part-{start:07d}.json"
+
+
+def _read_part(run: Run, name: str, start: int) -> dict[str, list[dict]]:
+    return json.loads(_part(run, name, start).read_text())

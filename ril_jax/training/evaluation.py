@@ -1,0 +1,63 @@
+"""Held-out accuracy: greedy answers of the student, graded by rule (or by the run's judge)."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ril_jax.data.records import Question
+from ril_jax.models.parameters import Params
+from ril_jax.rewards.judge import Judge
+from ril_jax.rewards.verdict import JudgeItem
+from ril_jax.sampling.logits import SamplingParams
+from ril_jax.training.batches import flatten_micro
+from ril_jax.training.rewards import plain_prompt
+from ril_jax.training.run import Run
+
+
+def evaluate(run: Run, params: Params, questions: Sequence[Question], judge: Judge) -> dict[str, Any]:
+    """Greedy responses to all questions.
+
+    Returns: accuracy, its 95 % interval (normal approximation), mean response length in tokens, the number of questions,
+    and accuracy by the `type` column where the questions have one.
+    """
+    size = run.config.eval.batch_size
+    scores: list[float] = []
+    lengths: list[int] = []
+    by_type: dict[str, list[float]] = defaultdict(list)
+    params = run.programs.cast(params)
+    for start in range(0, len(questions), size):
+        chunk = [questions[i] for i in range(start, min(start + size, len(questions)))]
+        prompts = run.buckets.pack_prompts([run.encoder(q) for q in chunk], batch=size)
+        features = run.programs.encode(params, prompts.vision) if prompts.vision is not None else None
+        samples = jax.device_get(
+            run.sampler(
+                params,
+                flatten_micro(prompts),
+                features,
+                np.zeros((size, 2), np.uint32),
+                num_samples=1,
+                max_tokens=run.config.sampling.max_completion_length,
+                sampling=SamplingParams(temperature=0.0),
+            )
+        )
+        texts = [run.student.chat.decode(samples.token_ids[b, 0][samples.mask[b, 0]]) for b in range(len(chunk))]
+        lengths += [int(samples.mask[b, 0].sum()) for b in range(len(chunk))]
+        items = [JudgeItem(plain_prompt(q), q.solution, text, q.id) for q, text in zip(chunk, texts, strict=True)]
+        for question, verdict in zip(chunk, judge(items), strict=True):
+            scores.append(verdict.score)
+            by_type[str(json.loads(question.extra).get("type", ""))].append(verdict.score)
+    accuracy = float(np.mean(scores))
+    margin = 1.96 * (accuracy * (1 - accuracy) / len(scores)) ** 0.5
+    result: dict[str, Any] = {
+        "accuracy": accuracy,
+        "interval": [max(accuracy - margin, 0.0), min(accuracy + margin, 1.0)],
+        "mean_length": float(np.mean(lengths)),
+        "questions": len(scores),
+    }
+    if set(by_type) != {""}:
+        result["by_type"] = {name: float(np.mean(values)) for name, values in sorted(by_type.items())}
+    return result

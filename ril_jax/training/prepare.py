@@ -1,0 +1,153 @@
+"""The embedded default's own stage: data, tokenizer, and models that other runs bring with them, made from a seed.
+
+Leaves under workdir/prepare: `data/{sft,questions,eval}` (TFDS data sets), and one HF folder a model of
+config.prepare.models. A model is trained from scratch, or on from another one, by the same supervised loop as SFT.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ril_jax import sharding
+from ril_jax.data import synthetic
+from ril_jax.data.records import Question, Response, write_dataset
+from ril_jax.data.tiny_tokenizer import build_tokenizer
+from ril_jax.errors import InputError
+from ril_jax.models import hub
+from ril_jax.models.config import ModelConfig, QwenVisionConfig, TextConfig
+from ril_jax.pretrained import Pretrained, make_network, save_folder
+from ril_jax.rewards import discriminator
+from ril_jax.training.run import Run
+from ril_jax.training.sft import train_supervised
+from ril_jax.training.state import fresh_params
+
+
+def run_prepare(run: Run) -> None:
+    """Make what is missing under workdir/prepare."""
+    folder = run.workdir / "prepare"
+    _write_data(run, folder / "data")
+    for name in _in_order(run.config.prepare.models):
+        run.stop_if_asked()
+        if not (folder / name / "config.json").exists():
+            _make_model(run, folder, name, run.config.prepare.models[name])
+    run.mark_done("prepare", {"models": list(run.config.prepare.models)})
+
+
+class SyntheticSource(Sequence):
+    """Drawn examples as questions with one response, in the manner that was drawn."""
+
+    def __init__(self, examples: Sequence[synthetic.SyntheticExample]):
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Question:
+        return with_response(self.examples[index])
+
+
+def with_response(example: synthetic.SyntheticExample) -> Question:
+    q = example.question
+    response = Response(example.style, example.response, len(example.response.split()), "stop")
+    return Question(q.id, q.prompt, q.images, q.solution, (response,), q.extra)
+
+
+def _write_data(run: Run, folder: Path) -> None:
+    c, seed = run.config.prepare, run.config.seed
+    draws = {
+        "sft": lambda: map(with_response, _mixture(c.sft_mixture).draw(seed, c.num_sft, split="sft")),
+        "questions": lambda: (e.question for e in synthetic.RIL.draw(seed, c.num_questions, split="ril")),
+        "eval": lambda: (e.question for e in synthetic.RIL.draw(seed, c.num_eval, split="test")),
+    }
+    for name, questions in draws.items():
+        if not (folder / name).exists():
+            write_dataset(folder / name, questions(), name=name)
+
+
+def _in_order(models: ConfigDict) -> list[str]:
+    """Names such that every model comes after its base."""
+    order: list[str] = []
+    while len(order) < len(models):
+        ready = [n for n, m in models.items() if n not in order and (not m.base or m.base in order)]
+        if not ready:
+            left = ", ".join(f"{n} (base {m.base!r})" for n, m in models.items() if n not in order)
+            raise InputError(f"config.prepare.models: the base of {left} is not among the models")
+        order += ready
+    return order
+
+
+def _make_model(run: Run, folder: Path, name: str, settings: ConfigDict) -> None:
+    label = f"prepare/{name}"
+    start = _new_folder(run, folder, name, settings) if not settings.base else folder / settings.base
+    model = Pretrained.open(start)
+    programs = run.make_programs(model, run.config.student)
+    params = None
+    for phase, training in settings.phases.items():
+        examples = _mixture(training.mixture).draw(run.config.seed, training.num_examples, split=training.split)
+        shardings = sharding.param_shardings(model.network.specs, run.mesh)
+        load = (
+            (lambda p=params: p)
+            if params is not None
+            else lambda: hub.load_params(start, model.network, shardings=shardings)
+        )
+        params = train_supervised(run, f"{label}/{phase}", model, programs, load, SyntheticSource(examples), training)
+    assert params is not None, f"config.prepare.models.{name} has no phases"
+    save_folder(folder / name, model, params)
+
+
+def _new_folder(run: Run, folder: Path, name: str, settings: ConfigDict) -> Path:
+    """An HF folder with fresh weights and the tokenizer of the task."""
+    start = folder / f".{name}.start"
+    if start.exists():
+        shutil.rmtree(start)
+    texts = [*synthetic.vocabulary_texts(), discriminator.SYSTEM, discriminator.OPTIONS, "<response>\n</response>"]
+    texts += [discriminator.QUESTION, "\nsystem\nuser\nassistant\n"]
+    build_tokenizer(start, texts)
+    vocab = {t["content"]: t["id"] for t in json.loads((start / "tokenizer.json").read_text())["added_tokens"]}
+    size = max(vocab.values()) + 1
+    head_dim = settings.hidden_size // settings.num_heads
+    text = TextConfig(
+        vocab_size=-(-size // 8) * 8,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-6,
+        rope_theta=settings.rope_theta,
+        mrope_section=(head_dim // 2 - 2 * (3 * head_dim // 16), 3 * head_dim // 16, 3 * head_dim // 16),
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+    )
+    vision = QwenVisionConfig(
+        depth=settings.vision_depth,
+        hidden_size=settings.vision_hidden_size,
+        intermediate_size=settings.vision_intermediate_size,
+        num_heads=settings.vision_heads,
+        out_hidden_size=settings.hidden_size,
+        fullatt_block_indexes=(settings.vision_depth - 1,),
+    )
+    config = ModelConfig(
+        "qwen2_5_vl", text, vision, vocab["<|image_pad|>"], vocab["<|video_pad|>"], vocab["<|vision_start|>"],
+        vocab["<|vision_end|>"],
+    )  # fmt: skip
+    raw = config.to_hf() | {"eos_token_id": vocab["<|im_end|>"], "pad_token_id": vocab["<|endoftext|>"]}
+    (start / "config.json").write_text(json.dumps(raw, indent=2))
+    network = make_network(config)
+    params = fresh_params(network, int(np.uint32(run.config.seed)), run.mesh)
+    hub.save_params(start, network, jax.device_get(params))
+    return start
+
+
+def _mixture(name: str) -> synthetic.Mixture:
+    mixture = getattr(synthetic, name, None)
+    if not isinstance(mixture, synthetic.Mixture):
+        known = [key for key, value in vars(synthetic).items() if isinstance(value, synthetic.Mixture)]
+        raise InputError(f"mixture {name!r} is not known; known are {', '.join(known)}")
+    return mixture

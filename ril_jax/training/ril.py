@@ -1,0 +1,417 @@
+"""Stage 4, the RIL loop: Algorithm 2 of the paper, line by line in `Ril.step`.
+
+The baselines are the same loop by config: Dr.GRPO and GRPO have no teacher rows and no discriminator.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ril_jax import objectives, sharding
+from ril_jax.config import arm_config
+from ril_jax.data.packing import PromptBatch
+from ril_jax.data.pipeline import make_iterator
+from ril_jax.data.records import Question, Response
+from ril_jax.errors import InputError
+from ril_jax.models.parameters import Params, cast
+from ril_jax.pretrained import save_folder
+from ril_jax.rewards.judge import JudgeInterrupted, RulesJudge
+from ril_jax.training import discriminator as discriminator_lib
+from ril_jax.training.batches import flatten_micro
+from ril_jax.training.collect import STUDENT, question_key, teacher_dataset
+from ril_jax.training.evaluation import evaluate
+from ril_jax.training.metrics import Sample, SampleResponse, SampleTable
+from ril_jax.training.progress import Progress
+from ril_jax.training.rewards import RewardModel, Rewards
+from ril_jax.training.run import Run, Stopped
+from ril_jax.training.sft import not_finite
+from ril_jax.training.state import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_optimizer,
+    make_update,
+    split_frozen,
+    split_micro,
+)
+
+
+class RilState(NamedTuple):
+    """Everything on the devices that training changes: student and discriminator (None where the arm has none)."""
+
+    student: TrainState
+    discriminator: TrainState | None
+
+
+class Group(NamedTuple):
+    """The G student responses and the teachers' responses of every question of a batch, student first.
+
+    tokens, texts: B lists of S. models: S names a question. finished, sampled_logprobs: of the student's, [B, G(, R)].
+    """
+
+    tokens: list[list[np.ndarray]]
+    texts: list[list[str]]
+    models: list[list[str]]
+    finished: np.ndarray
+    sampled_logprobs: np.ndarray
+
+
+class Ril:
+    """One arm of the RIL stage."""
+
+    def __init__(self, run: Run, arm: str):
+        self.run, self.arm = run, arm
+        self.config = arm_config(run.config, arm)
+        c = self.config.ril
+        self.G, self.num_teacher, self.B = c.num_generations, c.num_teacher_generations, c.batch_size
+        self.micro = c.micro_batch_size or c.batch_size
+        self.L = self.config.sampling.max_completion_length
+        self.rewards = RewardModel(run, self.config)
+        self.optimizer = _optimizer(c.to_json())
+        pi_init = run.pi_init()
+        params, self.frozen = split_frozen(pi_init, train_vision=c.train_vision)
+        # pi_ref is the second copy of the weights that Eq. 2 asks for; in the compute dtype, and not at all without KL.
+        self.pi_ref = cast(pi_init, run.programs.dtype) if c.beta else None
+        student = init_state({name: p.copy() for name, p in params.items()}, self.optimizer, run.mesh)
+        self.discriminator = (
+            discriminator_lib.Discriminator(run, self.config) if self.config.discriminator.enabled else None
+        )
+        state_d = None
+        if self.discriminator is not None:
+            d = self.config.discriminator
+            self.d_optimizer = _optimizer(d.to_json(), d.ril_learning_rate)
+            params_d, self.d_frozen = discriminator_lib.pretrained_params(run, self.discriminator)
+            state_d = init_state(params_d, self.d_optimizer, run.mesh)
+        self.state = RilState(student, state_d)
+        self.update = _policy_update(
+            run.programs, self.optimizer, self.G, c.epsilon, c.epsilon_high, c.beta, c.loss_type
+        )
+
+    # --- Algorithm 2 --------------------------------------------------------------------------------------------------
+
+    def step(self, step: int, questions: Sequence[Question]) -> tuple[dict[str, float], Group, Rewards]:
+        """One batch of questions: sample, draw, update D, reward, update pi. Returns metrics and what was seen."""
+        run, mu = self.run, self.config.ril.num_iterations
+        prompts = run.buckets.pack_prompts([run.encoder(q) for q in questions], batch=self.B, micro=self.micro)
+        pi_old = run.programs.cast(self.state.student.params | self.frozen)
+        features = run.programs.encode(pi_old, prompts.vision) if prompts.vision is not None else None
+        prompts = prompts._replace(vision=None)
+
+        # Sample G student responses per question from pi_old; draw as many cached teacher responses.
+        group = self.sample(step, questions, prompts, pi_old, features)
+        metrics: dict[str, float] = {}
+
+        # Repeat mu times: update D on these responses (Eq. 1). Then reward all of them with the updated D and the judge.
+        logits = None
+        if self.discriminator is not None:
+            logits, d_metrics = self.discriminate(questions, group, mu)
+            metrics |= d_metrics
+        group = self.without_extra_teachers(group)
+        logits = None if logits is None else logits[:, : len(group.texts[0])]
+        rewards = self.rewards(questions, group.texts, logits)
+        advantages = np.asarray(objectives.group_advantages(rewards.total, scale=self.config.ril.scale_rewards))
+
+        # Repeat mu times: update pi on all of them (Eq. 2).
+        metrics |= self.update_policy(step, prompts, features, group, advantages)
+        return metrics | self.group_metrics(group, rewards), group, rewards
+
+    def sample(self, step: int, questions: Sequence[Question], prompts: PromptBatch, pi_old: Params, features) -> Group:
+        run = self.run
+        keys = np.stack([question_key(run.config.seed, f"ril/{step}/{i}", q.id) for i, q in enumerate(questions)])
+        samples = jax.device_get(
+            run.sampler(
+                pi_old, flatten_micro(prompts), features, keys,
+                num_samples=self.G, max_tokens=self.L, sampling=run.sampling_params(),
+            )
+        )  # fmt: skip
+        chat = run.student.chat
+        tokens, texts, models = [], [], []
+        for b, question in enumerate(questions):
+            own = [samples.token_ids[b, g][samples.mask[b, g]] for g in range(self.G)]
+            drawn = self.draw_teachers(step, b, question)
+            tokens.append(
+                own + [chat.encode_response(r.text, finished=r.finish_reason == "stop")[: self.L] for r in drawn]
+            )
+            texts.append([chat.decode(t) for t in own] + [r.text for r in drawn])
+            models.append([STUDENT] * self.G + [r.model for r in drawn])
+        return Group(tokens, texts, models, samples.finished, samples.logprobs)
+
+    def draw_teachers(self, step: int, b: int, question: Question) -> list[Response]:
+        """Cached teacher responses, drawn without replacement, the same number from every teacher, fresh each visit."""
+        count = self.num_drawn
+        if not count:
+            return []
+        names = list(self.config.teachers) or sorted({r.model for r in question.responses if r.model != STUDENT})
+        generator = np.random.default_rng([self.run.config.seed, step, b])
+        drawn = []
+        for name in names:
+            cached = [r for r in question.responses if r.model == name]
+            if not cached:
+                raise InputError(
+                    f"question {question.id} has no cached response of teacher {name!r}; collect them first"
+                )
+            drawn += discriminator_lib.pick(cached, count // len(names), generator)
+        return drawn
+
+    @property
+    def num_drawn(self) -> int:
+        """Teacher responses drawn a question: those of the group, or those that only D learns from."""
+        return self.num_teacher or (self.G if self.discriminator is not None else 0)
+
+    def without_extra_teachers(self, group: Group) -> Group:
+        """The group of Eq. 2; an arm without teacher rows has drawn them for D only."""
+        keep = self.G + self.num_teacher
+        cut = lambda rows: [row[:keep] for row in rows]  # noqa: E731
+        return group._replace(tokens=cut(group.tokens), texts=cut(group.texts), models=cut(group.models))
+
+    def discriminate(self, questions: Sequence[Question], group: Group, mu: int) -> tuple[np.ndarray, dict[str, float]]:
+        """mu updates of D on the group (none if it is frozen), then the logits [B, S] of the updated D."""
+        discriminator, run = self.discriminator, self.run
+        assert discriminator is not None
+        assert self.state.discriminator is not None
+        rows = [
+            discriminator.prompts.rows(q, run.encoder(q), texts)
+            for q, texts in zip(questions, group.texts, strict=True)
+        ]
+        micro = self.config.discriminator.micro_batch_size
+        micro = micro if micro and self.B % micro == 0 else self.micro
+        batch = sharding.put(discriminator.pack(rows, batch=self.B, micro=micro), run.mesh)
+        state, metrics = self.state.discriminator, {}
+        if self.config.discriminator.update:
+            update = discriminator.make_update(self.d_optimizer, self.G)
+            count = sharding.put(np.full((self.B // micro,), self.B // micro, np.float32), run.mesh)
+            for _ in range(mu):
+                state, values = update(state, self.d_frozen, (*batch, count))
+            metrics = {f"discriminator/{name}": float(value) for name, value in jax.device_get(values).items()}
+            if not metrics.pop("discriminator/finite"):
+                values = {"loss": metrics["discriminator/loss"], "grad_norm": metrics["discriminator/grad_norm"]}
+                raise not_finite(run, f"ril/{self.arm}", int(state.step), values, batch)
+        logits = discriminator.logits(state.params, self.d_frozen, batch)
+        self.state = self.state._replace(discriminator=state)
+        logits = np.asarray(jax.device_get(logits)).reshape(self.B, -1)
+        if "discriminator/accuracy" not in metrics:
+            accuracy = objectives.discriminator_accuracy(logits[:, : self.G], logits[:, self.G :])
+            metrics["discriminator/accuracy"] = float(accuracy)
+        return logits, metrics
+
+    def update_policy(self, step: int, prompts: PromptBatch, features, group: Group, advantages) -> dict[str, float]:
+        """mu updates of pi by Eq. 2 in the group-shared form."""
+        run, c = self.run, self.config.ril
+        responses = run.buckets.pack_responses(group.tokens, batch=self.B, micro=self.micro)
+        mask = responses.mask
+        if c.mask_truncated_completions:
+            whole = np.ones(mask.shape[:3], bool)
+            whole[:, :, : self.G] = group.finished.reshape(whole.shape[0], -1, self.G)
+            mask = mask & whole[..., None]
+        rows = sharding.put((prompts, responses, mask, split_micro(advantages, self.B // self.micro)), run.mesh)
+        prompts, responses = rows[:2]
+        ref = old = None
+        if self.pi_ref is not None:
+            ref, _ = run.programs.score(self.pi_ref, prompts, responses, features)
+        if c.num_iterations > 1:
+            pi = self.state.student.params | self.frozen
+            old, _ = run.programs.score(pi, prompts, responses, features)
+        normalizer = self.normalizer(mask.shape[0])
+        student = self.state.student
+        for _ in range(c.num_iterations):
+            student, values = self.update(student, (self.frozen, features), (*rows, old, ref, normalizer))
+        self.state = self.state._replace(student=student)
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        if not values.pop("finite"):
+            raise not_finite(run, f"ril/{self.arm}", step, values, {"rows": rows, "advantages": advantages})
+        tokens = max(values.pop("tokens"), 1.0)
+        student_tokens = max(values.pop("student_tokens"), 1.0)
+        values["entropy"] /= student_tokens
+        for name in ("kl", "ratio_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"):
+            if name in values:
+                values[name] /= tokens
+        return values | {"num_tokens": tokens}
+
+    def normalizer(self, micro_batches: int) -> np.ndarray:
+        """2G * B * L for Dr.GRPO, the number of rows for GRPO; one copy a micro-batch."""
+        rows = self.B * (self.G + self.num_teacher)
+        value = rows * self.L if self.config.ril.loss_type == "dr_grpo" else rows
+        return np.full((micro_batches,), value, np.float32)
+
+    # --- what is told of a step ---------------------------------------------------------------------------------------
+
+    def group_metrics(self, group: Group, rewards: Rewards) -> dict[str, float]:
+        """Metrics by the names of the field; rewards of student and teachers apart, completions of the student only."""
+        G = self.G
+        lengths = np.array([[len(t) for t in row[:G]] for row in group.tokens])
+        finished = group.finished
+        own = rewards.total[:, :G]
+        metrics = {
+            "reward": float(own.mean()),
+            "reward_std": float(rewards.total.std(axis=1).mean()),
+            "frac_reward_zero_std": float((rewards.total.std(axis=1) == 0).mean()),
+            "completions/mean_length": float(lengths.mean()),
+            "completions/clipped_ratio": float(1.0 - finished.mean()),
+            "completions/mean_terminated_length": float(lengths[finished].mean()) if finished.any() else 0.0,
+        }
+        for name, part in rewards.parts.items():
+            metrics[f"rewards/{name}/mean"] = _mean(part[:, :G])
+            metrics[f"rewards/{name}/std"] = float(np.nanstd(part[:, :G])) if np.isfinite(part[:, :G]).any() else 0.0
+            if part.shape[1] > G:
+                metrics[f"rewards/{name}/teacher_mean"] = _mean(part[:, G:])
+        if self.rewards.judge is not None:
+            metrics |= self.rewards.judge.pop_metrics()
+        return metrics
+
+    def sample_rows(self, questions: Sequence[Question], group: Group, rewards: Rewards) -> list[Sample]:
+        """The first questions of a batch, for the table of samples."""
+        advantages = np.asarray(objectives.group_advantages(rewards.total, scale=self.config.ril.scale_rewards))
+        similarity, answer = rewards.parts.get("similarity"), rewards.parts.get("answer")
+        table = []
+        for b, question in enumerate(questions[: self.config.ril.samples_count]):
+            responses = [
+                SampleResponse(
+                    model=group.models[b][s],
+                    text=group.texts[b][s],
+                    similarity=None if similarity is None else float(similarity[b, s]),
+                    answer=None if answer is None else float(answer[b, s]),
+                    judge=rewards.explanations[b][s],
+                    advantage=float(advantages[b, s]),
+                )
+                for s in range(len(group.texts[b]))
+            ]
+            table.append(Sample(question.id, question.prompt, question.solution, question.images, responses))
+        return table
+
+
+def run_ril(run: Run, arm: str) -> dict[str, Any]:
+    """Train one arm; its student ends in workdir/ril/<arm>/model as an HF folder. Returns its held-out result."""
+    label, config = f"ril/{arm}", run.config
+    ril = Ril(run, arm)
+    questions = _ril_questions(run, ril)
+    held_out = run.dataset("eval") if config.data.eval else []
+    held_out = held_out[: config.eval.num_questions] if config.eval.num_questions else held_out
+    iterator = make_iterator(
+        questions, batch_size=ril.B, seed=config.seed, transform=lambda q: (run.encoder(q), q)[1],
+        prefetch=config.data.prefetch, num_threads=config.data.threads,
+    )  # fmt: skip
+    checkpointer, metrics = run.checkpointer(label), run.metrics(label)
+    table = SampleTable(run.workdir, label, every=ril.config.ril.samples_every)
+    restored = checkpointer.restore_latest(jax.tree.map(_abstract, ril.state))
+    start = 0
+    if restored is not None:
+        ril.state, start = restored.arrays, restored.step
+        iterator.set_state(restored.host["iterator"])
+    metrics.rewind(start)
+    table.rewind(start)
+    steps = ril.config.ril.steps
+    progress = Progress(label, steps, "steps", start=start)
+    for step in range(start + 1, steps + 1):
+        batch = next(iterator)
+        try:
+            values, group, rewards = ril.step(step, batch)
+        except JudgeInterrupted:  # asked to stop while the judge was away: this step did not happen
+            raise Stopped(run.stop.exit_status) from None
+        if table.due(step):
+            table.write(step, ril.sample_rows(batch, group, rewards))
+        if held_out and config.eval.every and (step % config.eval.every == 0 and step < steps):
+            with progress.pause("evaluation"):
+                result = evaluate(run, ril.state.student.params | ril.frozen, held_out, RulesJudge())
+                values["eval/accuracy"] = result["accuracy"]
+        metrics.write(step, values)
+        progress.advance(1, {k: values[k] for k in _SHOWN if k in values})
+        stopping = run.stop.should_stop()
+        if checkpointer.due(step) or stopping or step == steps:
+            with progress.pause("checkpoint"):
+                metrics.flush()
+                checkpointer.save(step, ril.state, {"iterator": iterator.get_state()}, force=True)
+        if stopping and step < steps:
+            checkpointer.close()
+            raise Stopped(run.stop.exit_status)
+    checkpointer.close()
+    metrics.close()
+    params = ril.state.student.params | ril.frozen
+    result = {"steps": steps}
+    if held_out:
+        with progress.pause("evaluation"):
+            result |= evaluate(run, params, held_out, RulesJudge())
+    progress.close()
+    run.timer.add(label, parts=progress.seconds())
+    save_folder(run.workdir / label / "model", run.student, params)
+    run.mark_done(label, result)
+    return result
+
+
+_SHOWN = ("reward", "rewards/similarity/mean", "rewards/answer/mean", "kl", "eval/accuracy")
+
+
+def _ril_questions(run: Run, ril: Ril) -> Sequence[Question]:
+    """The questions of RIL, with cached teacher responses where the arm needs them; truncated ones are left out."""
+    if not ril.num_drawn:
+        return run.dataset("questions")
+    source = teacher_dataset(run)
+    if not ril.config.ril.drop_truncated_teachers:
+        return source
+    keep = [i for i in range(len(source)) if not _truncated(source[i], ril.config.teachers)]
+    if not keep:
+        raise InputError(
+            "every question has a truncated teacher response; raise config.sampling.max_completion_length or set "
+            "config.ril.drop_truncated_teachers=False"
+        )
+    return _Subset(source, keep)
+
+
+class _Subset(Sequence):
+    def __init__(self, source: Sequence[Question], keep: list[int]):
+        self.source, self.keep = source, keep
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def __getitem__(self, index):
+        return self.source[self.keep[index]]
+
+
+def _truncated(question: Question, teachers: ConfigDict) -> bool:
+    mine = [r for r in question.responses if r.model in teachers] if teachers else question.responses
+    return any(r.finish_reason == "length" for r in mine if r.model != STUDENT)
+
+
+@functools.cache
+def _policy_update(programs, optimizer, num_student, epsilon, epsilon_high, beta, loss_type):
+    """The jitted update of Eq. 2; shared by the arms that agree in these values."""
+
+    def loss(params: Params, shared, micro):
+        frozen, features = shared
+        prompts, responses, mask, advantages, old, ref, normalizer = micro
+        params = cast(params | frozen, programs.dtype)
+        new, entropy = programs.logprobs(params, prompts, responses, features)
+        rows, R = new.shape[0] * new.shape[1], new.shape[2]
+        flat = lambda a: None if a is None else a.reshape(rows, R)  # noqa: E731
+        value, metrics = objectives.policy_loss(
+            flat(new), flat(old), flat(ref), advantages.reshape(rows), flat(mask),
+            epsilon=epsilon, epsilon_high=epsilon_high, beta=beta, normalizer=normalizer, loss_type=loss_type,
+        )  # fmt: skip
+        tokens = metrics.pop("num_tokens")
+        sums = {name: mean * tokens for name, mean in metrics.items()}
+        own = mask[:, :num_student]
+        sums |= {"tokens": tokens, "student_tokens": jnp.sum(own, dtype=jnp.float32)}
+        sums["entropy"] = jnp.sum(jnp.where(own, entropy[:, :num_student], 0.0))
+        return value, sums
+
+    return make_update(loss, optimizer)
+
+
+@functools.cache
+def _optimizer(settings: str, learning_rate: float | None = None):
+    """One object for equal settings (as JSON), so that arms share the programs that are compiled around it."""
+    return make_optimizer(ConfigDict(json.loads(settings)), learning_rate=learning_rate)
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.nanmean(values)) if np.isfinite(values).any() else 0.0

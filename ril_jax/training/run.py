@@ -1,0 +1,164 @@
+"""What all stages of a run share: config, folders, mesh, models, metrics, checkpoints, and the wish to stop."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ril_jax import config as config_lib
+from ril_jax import sharding
+from ril_jax.compilation import CompileCounter
+from ril_jax.data.records import QuestionDataset, read_dataset
+from ril_jax.errors import InputError
+from ril_jax.models import hub
+from ril_jax.models.parameters import Params
+from ril_jax.pretrained import Pretrained
+from ril_jax.sampling.logits import SamplingParams
+from ril_jax.sampling.sampler import Sampler
+from ril_jax.training.batches import Buckets, PromptEncoder
+from ril_jax.training.checkpoints import Checkpointer, StopSignal
+from ril_jax.training.metrics import MetricsWriter, write_atomically
+from ril_jax.training.programs import Programs
+from ril_jax.training.progress import StageTimer
+
+# Fields that may differ between two starts in one workdir: they say what to do and how to show it, not what comes out.
+_FREE_FIELDS = ("stages", "arms", "allow_config_change", "logging", "checkpoint", "mesh")
+
+
+class Stopped(SystemExit):
+    """The run was asked to stop, and has saved itself; carries the exit status."""
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """One start of a run in a workdir."""
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    stop: StopSignal
+    counter: CompileCounter
+    timer: StageTimer
+
+    @classmethod
+    def start(cls, config: ConfigDict, workdir: Path, stop: StopSignal) -> "Run":
+        """Check the config and claim the workdir for it. Raises InputError for either."""
+        config_lib.validate(config)
+        mesh = sharding.make_mesh(**config.mesh)
+        return cls(config, workdir, mesh, stop, CompileCounter(), StageTimer(workdir))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The config fields that define what the run computes."""
+        fields = json.loads(self.config.to_json_best_effort())
+        return {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
+
+    def path(self, template: str) -> str:
+        """A path of the config with {workdir} filled in."""
+        return str(template).replace("{workdir}", str(self.workdir))
+
+    def dataset(self, field: str) -> QuestionDataset:
+        """The data set that config.data.<field> names."""
+        folder = self.path(self.config.data[field])
+        if not folder:
+            raise InputError(f"config.data.{field} is empty; name a data set that `python -m ril_jax.data` wrote")
+        return read_dataset(folder)
+
+    @functools.cached_property
+    def student(self) -> Pretrained:
+        """The student's checkpoint folder, opened."""
+        return self.open_model("config.student", self.config.student)
+
+    def open_model(self, field: str, model: ConfigDict) -> Pretrained:
+        if not model.checkpoint:
+            raise InputError(f"{field}.checkpoint is empty; name a Hugging Face folder or a hub id")
+        data = self.config.data
+        return Pretrained.open(self.path(model.checkpoint), min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+
+    @functools.cached_property
+    def programs(self) -> Programs:
+        """The student's compiled programs."""
+        return self.make_programs(self.student, self.config.student)
+
+    def make_programs(self, model: Pretrained, settings: ConfigDict) -> Programs:
+        return Programs(
+            model.network,
+            jnp.dtype(settings.dtype),
+            remat=settings.remat,
+            chunk=settings.logprob_chunk,
+            unroll=layers_unroll(),
+        )
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """The student's sampler."""
+        return self.make_sampler(self.student, self.config.student)
+
+    def make_sampler(self, model: Pretrained, settings: ConfigDict) -> Sampler:
+        return Sampler(
+            model.network,
+            model.chat.eos_token_ids,
+            model.chat.pad_token_id,
+            dtype=jnp.dtype(settings.dtype),
+            unroll=layers_unroll(),
+            token_limit=model.chat.vocab_size,
+        )
+
+    @functools.cached_property
+    def buckets(self) -> Buckets:
+        return Buckets.from_config(self.student.config, self.config.data)
+
+    @functools.cached_property
+    def encoder(self) -> PromptEncoder:
+        return PromptEncoder(self.student.chat, max_length=max(self.config.data.prompt_buckets))
+
+    def sampling_params(self) -> SamplingParams:
+        s = self.config.sampling
+        return SamplingParams(s.temperature, s.top_p, s.top_k, s.repetition_penalty)
+
+    def pi_init(self) -> Params:
+        """The student before RIL, float32: what the sft stage left in this workdir, else the student's checkpoint."""
+        folder = self.workdir / "sft" / "model"
+        if folder.exists():
+            return self.student_params(folder)
+        return self.student_params(self.student.folder)
+
+    def student_params(self, folder: Path) -> Params:
+        shardings = sharding.param_shardings(self.student.network.specs, self.mesh)
+        return hub.load_params(folder, self.student.network, shardings=shardings)
+
+    def metrics(self, label: str) -> MetricsWriter:
+        logging = self.config.logging
+        wandb = {"project": logging.wandb} if logging.wandb else None
+        return MetricsWriter(self.workdir, label, tensorboard=logging.tensorboard, wandb=wandb)
+
+    def checkpointer(self, label: str) -> Checkpointer:
+        c = self.config.checkpoint
+        return Checkpointer(self.workdir / label / "checkpoints", keep=c.keep, every=c.every)
+
+    def is_done(self, label: str) -> bool:
+        """Whether a stage (or an arm of it) has ended in this workdir."""
+        return (self.workdir / label / "done.json").exists()
+
+    def mark_done(self, label: str, result: dict[str, Any]) -> None:
+        (self.workdir / label).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.workdir / label / "done.json", json.dumps(result, indent=2).encode())
+
+    def result(self, label: str) -> dict[str, Any]:
+        """What a stage that is done has reported."""
+        return json.loads((self.workdir / label / "done.json").read_text())
+
+    def stop_if_asked(self) -> None:
+        """Leave now if a signal came; for loops that have nothing to save."""
+        if self.stop.should_stop():
+            raise Stopped(self.stop.exit_status)
+
+
+def layers_unroll() -> int | bool:
+    """Layers per scan step: straight-line code on CPU, where a scan would copy each layer's weights every time."""
+    return True if jax.default_backend() == "cpu" else 1

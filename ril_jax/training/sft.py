@@ -1,0 +1,146 @@
+"""Stage 1, supervised fine-tuning, and the loop that it shares with the discriminator's pre-training.
+
+The target of a question is its first response if the data set has responses, else its solution.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from ril_jax import sharding
+from ril_jax.data.pipeline import make_iterator
+from ril_jax.data.records import Question
+from ril_jax.errors import InputError
+from ril_jax.models.parameters import Params
+from ril_jax.pretrained import Pretrained, save_folder
+from ril_jax.training.batches import Buckets, PromptEncoder
+from ril_jax.training.checkpoints import save_failed_batch
+from ril_jax.training.programs import Programs
+from ril_jax.training.progress import Progress
+from ril_jax.training.run import Run, Stopped
+from ril_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, make_update, split_frozen
+
+
+def run_sft(run: Run) -> None:
+    """Train the student on config.data.sft and leave it in workdir/sft/model as an HF folder: pi_init."""
+    params = train_supervised(
+        run,
+        "sft",
+        run.student,
+        run.programs,
+        lambda: run.student_params(run.student.folder),
+        run.dataset("sft"),
+        run.config.sft,
+    )
+    save_folder(run.workdir / "sft" / "model", run.student, params)
+    run.mark_done("sft", {"steps": run.config.sft.steps})
+
+
+def train_supervised(
+    run: Run,
+    label: str,
+    model: Pretrained,
+    programs: Programs,
+    load: Callable[[], Params],
+    source: Sequence[Question],
+    settings: ConfigDict,
+) -> Params:
+    """Train `model` on the responses of `source` from the parameters that `load` gives; returns the final ones."""
+    encoder = PromptEncoder(model.chat, max_length=max(run.config.data.prompt_buckets))
+    buckets = Buckets.from_config(model.config, run.config.data)
+
+    def encode(question: Question):
+        text, finished = question.solution, True
+        if question.responses:
+            text, finished = question.responses[0].text, question.responses[0].finish_reason == "stop"
+        return encoder(question), model.chat.encode_response(text, finished=finished)
+
+    def pack(items):
+        batch, micro = settings.batch_size, settings.micro_batch_size or settings.batch_size
+        prompts = buckets.pack_prompts([p for p, _ in items], batch=batch, micro=micro, offset_features=False)
+        responses = buckets.pack_responses([[r] for _, r in items], batch=batch, micro=micro)
+        normalizer = np.full((batch // micro,), max(responses.mask.sum(), 1), np.float32)
+        return prompts, responses, normalizer
+
+    params, frozen = split_frozen(load(), train_vision=settings.train_vision)
+    optimizer = make_optimizer(settings)
+    state = run_loop(
+        run, label, source, encode, pack, settings, params, optimizer, make_update(programs.sft_loss, optimizer), frozen
+    )
+    return state.params | frozen
+
+
+def run_loop(
+    run: Run,
+    label: str,
+    source: Sequence[Any],
+    encode: Callable[[Any], Any],
+    pack: Callable[[Sequence[Any]], Any],
+    settings: ConfigDict,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    update: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]],
+    shared: Any,
+) -> TrainState:
+    """`settings.steps` updates on batches of `source`, resumable: `encode` an item in a thread, `pack` a batch of them.
+
+    Raises InputError where a loss is not finite (its batch is saved), Stopped when a signal came (all is saved).
+    """
+    iterator = make_iterator(
+        source,
+        batch_size=settings.batch_size,
+        seed=run.config.seed,
+        transform=encode,
+        prefetch=run.config.data.prefetch,
+        num_threads=run.config.data.threads,
+    )
+    checkpointer, metrics = run.checkpointer(label), run.metrics(label)
+    restored = checkpointer.restore_latest(abstract_state(params, optimizer, run.mesh))
+    if restored is None:
+        state, start = init_state(params, optimizer, run.mesh), 0
+    else:
+        state, start = restored.arrays, restored.step
+        iterator.set_state(restored.host["iterator"])
+    metrics.rewind(start)
+    progress = Progress(label, settings.steps, "steps", start=start)
+    batch = pack(next(iterator)) if start < settings.steps else None
+    for step in range(start + 1, settings.steps + 1):
+        run.counter.cold() if step == start + 1 else None
+        position = iterator.get_state()
+        state, values = update(state, shared, sharding.put(batch, run.mesh))
+        ahead = pack(next(iterator)) if step < settings.steps else None  # while the device computes
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        if not values.pop("finite"):
+            raise not_finite(run, label, step, values, batch)
+        metrics.write(step, values)
+        progress.advance(1, {"loss": values["loss"]})
+        batch = ahead
+        stopping = run.stop.should_stop()
+        if checkpointer.due(step) or stopping or step == settings.steps:
+            with progress.pause("checkpoint"):
+                metrics.flush()
+                checkpointer.save(step, state, {"iterator": position}, force=True)
+        if stopping and step < settings.steps:
+            checkpointer.close()
+            raise Stopped(run.stop.exit_status)
+    run.counter.cold()
+    checkpointer.close()
+    metrics.close()
+    progress.close()
+    run.timer.add(label, parts=progress.seconds())
+    return state
+
+
+def not_finite(run: Run, label: str, step: int, values: dict[str, float], batch: Any) -> InputError:
+    """The error of a step whose loss or gradient is NaN or infinite; saves the batch that caused it."""
+    where = save_failed_batch(
+        run.workdir / label / "failed", batch, {"step": step, "stage": label, "metrics": repr(values)}
+    )
+    return InputError(
+        f"{label}: the loss of step {step} is {values['loss']} (gradient norm {values['grad_norm']}); its batch is in "
+        f"{where}; lower the learning rate or look at that batch. The last checkpoint is good"
+    )
