@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ril_jax import objectives
 from ril_jax.models.parameters import Network, Params, cast
-from ril_jax.training.rows import response_hidden, response_logprobs
+from ril_jax.models.rows import response_hidden, response_logprobs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,14 +3,18 @@
 This is the group-shared form (architecture idea 4). With S = 1 it is the ordinary form that SFT uses.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from ril_jax import objectives
-from ril_jax.data.packing import PromptBatch, ResponseBatch
 from ril_jax.models.qwen2_5_vl import VisionLanguageModel
+
+if TYPE_CHECKING:  # for the names of the arrays alone; data stands above models
+    from ril_jax.data.packing import PromptBatch, ResponseBatch
 
 
 def response_hidden(
