@@ -56,6 +56,7 @@ def default_config() -> ConfigDict:
 
     c.sft = training(batch_size=128, steps=1000, learning_rate=1e-5, final_learning_rate=1e-6)  # lr [P], linear
     c.sft.train_vision = True
+    c.sft.responses_per_question = 1  # so many of a question's responses are learned in one row that shares the prompt
 
     c.collect = ConfigDict()
     c.collect.num_generations = 16  # [P] per question and model
@@ -182,6 +183,7 @@ def phase(mixture: str, *, num_examples: int, split: str = "pretrain", **fields:
     warmup = fields.pop("warmup_steps", 0)
     c = training(**fields)
     c.warmup_steps, c.train_vision, c.mixture, c.num_examples, c.split = warmup, True, mixture, num_examples, split
+    c.responses_per_question = 1
     return c
 
 

@@ -130,9 +130,11 @@ def pack_prompts(
     return PromptBatch(ids, positions, valid, feature_index, next_position, row_valid, vision)
 
 
-def pack_responses(responses: Sequence[Sequence[np.ndarray]], *, batch: int, response_len: int) -> ResponseBatch:
-    """Arrays [batch, S, R] from B lists of S token arrays; longer ones are cut at R."""
-    num = max((len(row) for row in responses), default=0)
+def pack_responses(
+    responses: Sequence[Sequence[np.ndarray]], *, batch: int, response_len: int, slots: int = 0
+) -> ResponseBatch:
+    """Arrays [batch, S, R] from B lists of up to S token arrays; S is the longest list, or `slots`. Cuts at R."""
+    num = slots or max((len(row) for row in responses), default=0)
     ids = np.zeros((batch, num, response_len), np.int32)
     mask = np.zeros((batch, num, response_len), bool)
     for b, row in enumerate(responses):

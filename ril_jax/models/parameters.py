@@ -102,9 +102,14 @@ class Network:
         """Shapes of all parameters in `dtype`, without memory."""
         return {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in self.specs.items()}
 
-    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-        """Fresh parameters, each from its own key (by name, so that the order of definition does not matter)."""
-        return {name: _init_one(spec, _named_key(key, name), dtype) for name, spec in self.specs.items()}
+    def init(self, key: jax.Array, dtype: Any = jnp.float32, *, scheme: str = "normal") -> Params:
+        """Fresh parameters, each from its own key (by name, so that the order of definition does not matter).
+
+        scheme: "normal" is HF's, std 0.02 throughout; "fan_in" draws matrices with std 1/sqrt(inputs) and embeddings with
+        0.1, without which a network of a few hundred thousand parameters takes long to learn to see.
+        """
+        stds = {name: spec.scale if scheme == "normal" else _fan_in_std(spec) for name, spec in self.specs.items()}
+        return {name: _init_one(spec, _named_key(key, name), dtype, stds[name]) for name, spec in self.specs.items()}
 
     @property
     def num_params(self) -> int:
@@ -134,9 +139,13 @@ def hash_name(name: str) -> int:
     return value
 
 
-def _init_one(spec: ParamSpec, key: jax.Array, dtype: Any) -> jax.Array:
+def _fan_in_std(spec: ParamSpec) -> float:
+    return 0.1 if "vocab" in spec.axes else math.prod(spec.hf_shape[1:]) ** -0.5
+
+
+def _init_one(spec: ParamSpec, key: jax.Array, dtype: Any, std: float) -> jax.Array:
     if spec.init == "zeros":
         return jnp.zeros(spec.shape, dtype)
     if spec.init == "ones":
         return jnp.ones(spec.shape, dtype)
-    return (jax.random.normal(key, spec.shape, jnp.float32) * spec.scale).astype(dtype)
+    return (jax.random.normal(key, spec.shape, jnp.float32) * std).astype(dtype)

@@ -92,12 +92,14 @@ class Buckets:
             ]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
 
-    def pack_responses(self, responses: Sequence[Sequence[np.ndarray]], *, batch: int, micro: int = 0) -> ResponseBatch:
-        """Stacked micro-batches [M, micro, S, R]."""
+    def pack_responses(
+        self, responses: Sequence[Sequence[np.ndarray]], *, batch: int, micro: int = 0, slots: int = 0
+    ) -> ResponseBatch:
+        """Stacked micro-batches [M, micro, S, R]; S is the largest number of responses of a row, or `slots`."""
         micro = micro or batch
         longest = max((len(tokens) for row in responses for tokens in row), default=1)
         length = pick_bucket(min(longest, max(self.responses)), self.responses, name="a response")
-        packed = pack_responses(responses, batch=batch, response_len=length)
+        packed = pack_responses(responses, batch=batch, response_len=length, slots=slots)
         return jax.tree.map(lambda a: a.reshape(batch // micro, micro, *a.shape[1:]), packed)
 
 

@@ -140,7 +140,7 @@ def _new_folder(run: Run, folder: Path, name: str, settings: ConfigDict) -> Path
     raw = config.to_hf() | {"eos_token_id": vocab["<|im_end|>"], "pad_token_id": vocab["<|endoftext|>"]}
     (start / "config.json").write_text(json.dumps(raw, indent=2))
     network = make_network(config)
-    params = fresh_params(network, int(np.uint32(run.config.seed)), run.mesh)
+    params = fresh_params(network, int(np.uint32(run.config.seed)), run.mesh, scheme="fan_in")
     hub.save_params(start, network, jax.device_get(params))
     return start
 

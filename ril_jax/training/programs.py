@@ -67,17 +67,18 @@ class Programs:
         )  # fmt: skip
 
     def sft_loss(self, params: Params, frozen: Params, batch):
-        """SFT loss of one micro-batch (prompts, responses [b, 1, R], normalizer) and its sums."""
+        """SFT loss of one micro-batch (prompts, responses [b, S, R], normalizer) and its sums."""
         prompts, responses, normalizer = batch
         params = cast(params | frozen, self.dtype)
-        model = self.network.bind(params)
         features = None
         if prompts.vision is not None:
+            model = self.network.bind(params)
             features = model.encode(prompts.vision, dtype=self.dtype, remat=self.remat, unroll=self.unroll)
         logprobs, entropy = self.logprobs(params, prompts._replace(vision=None), responses, features)
-        mask = responses.mask[:, 0]
-        loss = objectives.sft_loss(logprobs[:, 0], mask, normalizer=normalizer)
-        return loss, {"entropy": jnp.sum(jnp.where(mask, entropy[:, 0], 0.0)) / normalizer}
+        flat = lambda a: a.reshape(-1, a.shape[-1])  # noqa: E731
+        mask = flat(responses.mask)
+        loss = objectives.sft_loss(flat(logprobs), mask, normalizer=normalizer)
+        return loss, {"entropy": jnp.sum(jnp.where(mask, flat(entropy), 0.0)) / normalizer}
 
     def logits_of_responses(self, params: Params, prompts, responses, features):
         """The discriminator's logits [b, S], read at the last token of every response."""

@@ -1,6 +1,7 @@
 """Stage 1, supervised fine-tuning, and the loop that it shares with the discriminator's pre-training.
 
-The target of a question is its first response if the data set has responses, else its solution.
+The targets of a question are its responses if the data set has any (all of them in one row that shares the prompt), else
+its solution.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,18 +55,18 @@ def train_supervised(
     buckets = Buckets.from_config(model.config, run.config.data)
 
     def encode(question: Question):
-        text, finished = question.solution, True
-        if question.responses:
-            text, finished = question.responses[0].text, question.responses[0].finish_reason == "stop"
-        return encoder(question), model.chat.encode_response(text, finished=finished)
+        targets = [(r.text, r.finish_reason == "stop") for r in question.responses] or [(question.solution, True)]
+        targets = targets[:slots]
+        return encoder(question), [model.chat.encode_response(text, finished=finished) for text, finished in targets]
 
     def pack(items):
         batch, micro = settings.batch_size, settings.micro_batch_size or settings.batch_size
         prompts = buckets.pack_prompts([p for p, _ in items], batch=batch, micro=micro, offset_features=False)
-        responses = buckets.pack_responses([[r] for _, r in items], batch=batch, micro=micro)
+        responses = buckets.pack_responses([r for _, r in items], batch=batch, micro=micro, slots=slots)
         normalizer = np.full((batch // micro,), max(responses.mask.sum(), 1), np.float32)
         return prompts, responses, normalizer
 
+    slots = max(settings.responses_per_question, 1)
     params, frozen = split_frozen(load(), train_vision=settings.train_vision)
     optimizer = make_optimizer(settings)
     state = run_loop(

@@ -121,10 +121,11 @@ def make_update(
     return jax.jit(update, donate_argnums=(0,) if donate else ())
 
 
-def fresh_params(network: Network, seed: int, mesh: Mesh) -> Params:
-    """Randomly initialised float32 parameters in their sharding."""
+def fresh_params(network: Network, seed: int, mesh: Mesh, *, scheme: str = "normal") -> Params:
+    """Randomly initialised float32 parameters in their sharding; `scheme` as in `Network.init`."""
     shardings = sharding.param_shardings(network.specs, mesh)
-    return jax.jit(network.init, out_shardings=shardings)(jax.random.key(seed))
+    init = functools.partial(network.init, scheme=scheme)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
 def split_micro(tree: Any, count: int) -> Any:
