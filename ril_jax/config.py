@@ -19,6 +19,7 @@ def default_config() -> ConfigDict:
     c.seed = 0
     c.stages = "sft,collect,discriminator,ril"  # what to run, in this order
     c.arms = "ril"  # variants of the ril stage, run one after the other: names of ARMS below, or teacher_<name>
+    c.workers = 1  # processes side by side for made models and arms (CPU only); each gets its share of the cores
     c.allow_config_change = False  # go on in a workdir that was made with another config
 
     c.student = _model()
@@ -66,7 +67,7 @@ def default_config() -> ConfigDict:
 
     c.discriminator = training(batch_size=64, steps=300, learning_rate=1e-5, final_learning_rate=1e-6)  # lr [P]
     c.discriminator.enabled = True
-    c.discriminator.update = True  # False freezes it after pre-training
+    c.discriminator.frozen = False  # True freezes it after pre-training
     c.discriminator.ril_learning_rate = 1e-6  # [P], constant
     c.discriminator.loss = "gail"  # "gail" is Eq. 1; "pairs" is GAD's Bradley-Terry loss
     c.discriminator.context = "none"  # "none" [P]: the response only; "question"; "question_image"
@@ -198,7 +199,7 @@ ARMS: dict[str, dict[str, Any]] = {
         "ril.scale_rewards": "std",
     },
     "no_discriminator": {"discriminator.enabled": False},
-    "frozen_discriminator": {"discriminator.update": False},
+    "frozen_discriminator": {"discriminator.frozen": True},
     "no_answer_reward": {"reward.answer_weight": 0.0},
     "no_teacher_rows": {"ril.num_teacher_generations": 0},
     "gad": {"discriminator.loss": "pairs", "reward.similarity": "score", "reward.answer_weight": 0.0},

@@ -183,7 +183,7 @@ class Ril:
         micro = micro if micro and self.B % micro == 0 else self.micro
         batch = sharding.put(discriminator.pack(rows, batch=self.B, micro=micro), run.mesh)
         state, metrics = self.state.discriminator, {}
-        if self.config.discriminator.update:
+        if not self.config.discriminator.frozen:
             update = discriminator.make_update(self.d_optimizer, self.G)
             count = sharding.put(np.full((self.B // micro,), self.B // micro, np.float32), run.mesh)
             for _ in range(mu):
