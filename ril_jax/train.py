@@ -46,18 +46,10 @@ def _run_stage(run, stage: str) -> None:
     from ril_jax.training.collect import run_collect
     from ril_jax.training.discriminator import run_discriminator
     from ril_jax.training.prepare import run_prepare
-    from ril_jax.training.ril import run_ril
     from ril_jax.training.sft import run_sft
 
     if stage == "ril":
-        for arm in config_lib.arms(run.config):
-            label = f"ril/{arm}"
-            if run.is_done(label):
-                print(f"{label}: done before", flush=True)
-                continue
-            overview.announce(run, label)
-            with run.timer.stage(label):
-                run_ril(run, arm)
+        _run_arms(run)
         return
     if run.is_done(stage):
         print(f"{stage}: done before", flush=True)
@@ -66,6 +58,26 @@ def _run_stage(run, stage: str) -> None:
     runs = {"prepare": run_prepare, "sft": run_sft, "collect": run_collect, "discriminator": run_discriminator}
     with run.timer.stage(stage):
         runs[stage](run)
+
+
+def _run_arms(run) -> None:
+    from ril_jax.training import overview, workers
+    from ril_jax.training.ril import run_ril
+
+    todo = [arm for arm in config_lib.arms(run.config) if not run.is_done(f"ril/{arm}")]
+    for arm in config_lib.arms(run.config):
+        if arm not in todo:
+            print(f"ril/{arm}: done before", flush=True)
+    processes = min(run.config.workers, workers.cores(), len(todo))
+    if processes > 1:
+        overview.announce(run, f"ril/{todo[0]}")
+        with run.timer.stage("ril"):
+            workers.run_tasks(run, [f"ril:{arm}" for arm in todo], processes=processes)
+        return
+    for arm in todo:
+        overview.announce(run, f"ril/{arm}")
+        with run.timer.stage(f"ril/{arm}"):
+            run_ril(run, arm)
 
 
 if __name__ == "__main__":

@@ -22,19 +22,23 @@ from ril_jax.models import hub
 from ril_jax.models.config import ModelConfig, QwenVisionConfig, TextConfig
 from ril_jax.pretrained import Pretrained, make_network, save_folder
 from ril_jax.rewards import discriminator
+from ril_jax.training import workers
 from ril_jax.training.run import Run
 from ril_jax.training.sft import train_supervised
 from ril_jax.training.state import fresh_params
 
 
 def run_prepare(run: Run) -> None:
-    """Make what is missing under workdir/prepare."""
-    folder = run.workdir / "prepare"
-    _write_data(run, folder / "data")
-    for name in _in_order(run.config.prepare.models):
-        run.stop_if_asked()
-        if not (folder / name / "config.json").exists():
-            _make_model(run, folder, name, run.config.prepare.models[name])
+    """Make what is missing under workdir/prepare; models that do not build on each other side by side."""
+    _write_data(run, run.workdir / "prepare" / "data")
+    tracks = _tracks(run.config.prepare.models)
+    processes = min(run.config.workers, workers.cores(), len(tracks))
+    if processes > 1:
+        workers.run_tasks(run, ["prepare:" + "+".join(track) for track in tracks], processes=processes)
+    else:
+        for name in (name for track in tracks for name in track):
+            run.stop_if_asked()
+            make_model(run, name)
     run.mark_done("prepare", {"models": list(run.config.prepare.models)})
 
 
@@ -69,19 +73,33 @@ def _write_data(run: Run, folder: Path) -> None:
             write_dataset(folder / name, questions(), name=name)
 
 
-def _in_order(models: ConfigDict) -> list[str]:
-    """Names such that every model comes after its base."""
-    order: list[str] = []
-    while len(order) < len(models):
-        ready = [n for n, m in models.items() if n not in order and (not m.base or m.base in order)]
+def _tracks(models: ConfigDict) -> list[list[str]]:
+    """Models in groups that do not need each other; in a group every model comes after its base. Longest work first."""
+    roots = [name for name, model in models.items() if not model.base]
+    tracks = [[root] for root in roots]
+    left = {name: model.base for name, model in models.items() if model.base}
+    while left:
+        ready = [(name, track) for name, base in left.items() for track in tracks if base in track]
         if not ready:
-            left = ", ".join(f"{n} (base {m.base!r})" for n, m in models.items() if n not in order)
-            raise InputError(f"config.prepare.models: the base of {left} is not among the models")
-        order += ready
-    return order
+            listed = ", ".join(f"{name} (base {base!r})" for name, base in left.items())
+            raise InputError(f"config.prepare.models: the base of {listed} is not among the models")
+        name, track = ready[0]
+        track.append(name)
+        del left[name]
+
+    def work(track: list[str]) -> int:
+        return sum(
+            p.steps * p.batch_size * models[name].hidden_size for name in track for p in models[name].phases.values()
+        )
+
+    return sorted(tracks, key=work, reverse=True)
 
 
-def _make_model(run: Run, folder: Path, name: str, settings: ConfigDict) -> None:
+def make_model(run: Run, name: str) -> None:
+    """Train one model of config.prepare.models and leave it as an HF folder, unless it is there."""
+    folder, settings = run.workdir / "prepare", run.config.prepare.models[name]
+    if (folder / name / "config.json").exists():
+        return
     label = f"prepare/{name}"
     start = _new_folder(run, folder, name, settings) if not settings.base else folder / settings.base
     model = Pretrained.open(start)
