@@ -6,7 +6,7 @@
 import copy
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from ril_jax.errors import InputError
 
@@ -99,7 +99,7 @@ def default_config() -> ConfigDict:
     c.ril.num_teacher_generations = 4  # [P] teacher responses a question, split evenly among the teachers [R]
     c.ril.num_iterations = 1  # [P] mu
     c.ril.epsilon = 0.2  # [P]
-    c.ril.epsilon_high = None  # None: the same as epsilon
+    c.ril.epsilon_high = config_dict.placeholder(float)  # None: the same as epsilon
     c.ril.beta = 0.01  # [P]
     c.ril.loss_type = "dr_grpo"  # [P] constant normaliser; "grpo": mean over each response's length
     c.ril.scale_rewards = "none"  # [P] "none" (Dr.GRPO) or "std" (GRPO)
