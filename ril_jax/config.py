@@ -179,12 +179,15 @@ def made_model(**fields: Any) -> ConfigDict:
     return c
 
 
-def phase(mixture: str, *, num_examples: int, split: str = "pretrain", **fields: Any) -> ConfigDict:
-    """One phase of a made model."""
-    warmup = fields.pop("warmup_steps", 0)
+def phase(
+    mixture: str, *, num_examples: int, manners: tuple[str, ...] = (), split: str = "pretrain", **fields: Any
+) -> ConfigDict:
+    """One phase of a made model: its responses are in all of `manners`, or in those that the mixture draws."""
+    settings = {name: fields.pop(name) for name in ("warmup_steps", "adam_b2") if name in fields}
     c = training(**fields)
-    c.warmup_steps, c.train_vision, c.mixture, c.num_examples, c.split = warmup, True, mixture, num_examples, split
-    c.responses_per_question = 1
+    c.update(settings)
+    c.train_vision, c.mixture, c.num_examples, c.split, c.manners = True, mixture, num_examples, split, manners
+    c.responses_per_question = max(len(manners), 1)
     return c
 
 

@@ -1,4 +1,4 @@
-"""From questions to the arrays of a step: encoded on the host, packed into the config's buckets, split into micro-batches."""
+"""From questions to the arrays of a step: encoded on the host, packed into the config's buckets, in micro-batches."""
 
 import dataclasses
 import threading
@@ -119,4 +119,4 @@ def flatten_micro(prompts: PromptBatch) -> PromptBatch:
 
 
 def _size(encoded: EncodedPrompt) -> int:
-    return encoded.token_ids.nbytes + sum(image.patches.nbytes for image in encoded.images)
+    return encoded.token_ids.nbytes + sum(image.nbytes for image in encoded.images)

@@ -43,28 +43,30 @@ def run_prepare(run: Run) -> None:
 
 
 class SyntheticSource(Sequence):
-    """Drawn examples as questions with one response, in the manner that was drawn."""
+    """Drawn examples as questions with responses in `manners`, or in the one manner that was drawn where there are none."""
 
-    def __init__(self, examples: Sequence[synthetic.SyntheticExample]):
-        self.examples = examples
+    def __init__(self, examples: Sequence[synthetic.SyntheticExample], manners: Sequence[str] = ()):
+        self.examples, self.manners = examples, manners
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Question:
-        return with_response(self.examples[index])
+        return with_responses(self.examples[index], self.manners)
 
 
-def with_response(example: synthetic.SyntheticExample) -> Question:
-    q = example.question
-    response = Response(example.style, example.response, len(example.response.split()), "stop")
-    return Question(q.id, q.prompt, q.images, q.solution, (response,), q.extra)
+def with_responses(example: synthetic.SyntheticExample, manners: Sequence[str] = ()) -> Question:
+    """The question of an example with its response, or with one in each of `manners`."""
+    said = {manner: synthetic.STYLES[manner](example.scene, example.ask) for manner in manners}
+    q, said = example.question, said or {example.style: example.response}
+    responses = tuple(Response(manner, text, len(text.split()), "stop") for manner, text in said.items())
+    return Question(q.id, q.prompt, q.images, q.solution, responses, q.extra)
 
 
 def _write_data(run: Run, folder: Path) -> None:
     c, seed = run.config.prepare, run.config.seed
     draws = {
-        "sft": lambda: map(with_response, _mixture(c.sft_mixture).draw(seed, c.num_sft, split="sft")),
+        "sft": lambda: map(with_responses, _mixture(c.sft_mixture).draw(seed, c.num_sft, split="sft")),
         "questions": lambda: (e.question for e in synthetic.RIL.draw(seed, c.num_questions, split="ril")),
         "eval": lambda: (e.question for e in synthetic.RIL.draw(seed, c.num_eval, split="test")),
     }
@@ -113,7 +115,9 @@ def make_model(run: Run, name: str) -> None:
             if params is not None
             else lambda: hub.load_params(start, model.network, shardings=shardings)
         )
-        params = train_supervised(run, f"{label}/{phase}", model, programs, load, SyntheticSource(examples), training)
+        params = train_supervised(
+            run, f"{label}/{phase}", model, programs, load, SyntheticSource(examples, tuple(training.manners)), training
+        )
     assert params is not None, f"config.prepare.models.{name} has no phases"
     save_folder(folder / name, model, params)
 
@@ -130,7 +134,7 @@ def _new_folder(run: Run, folder: Path, name: str, settings: ConfigDict) -> Path
     size = max(vocab.values()) + 1
     head_dim = settings.hidden_size // settings.num_heads
     text = TextConfig(
-        vocab_size=-(-size // 8) * 8,
+        vocab_size=-(-size // 16) * 16,
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
         num_hidden_layers=settings.num_layers,
@@ -139,7 +143,7 @@ def _new_folder(run: Run, folder: Path, name: str, settings: ConfigDict) -> Path
         head_dim=head_dim,
         rms_norm_eps=1e-6,
         rope_theta=settings.rope_theta,
-        mrope_section=(head_dim // 2 - 2 * (3 * head_dim // 16), 3 * head_dim // 16, 3 * head_dim // 16),
+        mrope_section=(head_dim // 4, head_dim // 8, head_dim // 2 - head_dim // 4 - head_dim // 8),
         tie_word_embeddings=True,
         max_position_embeddings=1024,
     )
