@@ -1,12 +1,14 @@
 """The embedded default's task, drawn from a seed: grids of coloured shapes and small bar charts, with questions.
 
 One lattice cell is 28x28 pixels, which is one merged vision token (patch 14, merge 2), and carries one mark. Every cell
-also shows where it stands: a dark tick on its left edge for the row, one on its top edge for the column (as a printed
-ruler would). Qwen2.5-VL sees positions only as rotations, and small models need minutes to learn them from those alone.
+also shows where it stands: a light tick on its left edge for the row and on its top edge for the column, as a ruler
+would, rows of different shades and columns of different tints (as a plaid would). Qwen2.5-VL sees positions only as
+rotations, and small models need minutes to learn them from those alone. Cells have letters, row by row: a, b, c, ...
 
 A response has a manner. `terse` only states the answer. `tally` marks cell after cell, or names the target cell, and
 concludes; it carries the computation of counting and comparing. `path` states partial counts, walks from cell to cell
-or reads the bars off; it carries that of relations and charts. All three end in "so <answer>".
+or reads the bars off; it carries that of relations and charts. All three end in "so <answer>". Captions, which are for
+pre-training only, tell what a manner looks at: all cells in order, or cells by their letters and bars by their heights.
 """
 
 import hashlib
@@ -24,8 +26,8 @@ from ril_jax.data.records import Question
 from ril_jax.errors import InputError
 
 CELL = 28  # pixels; sizes are multiples of it, so that smart_resize leaves every image as it is
-COLOURS = {"red": (214, 45, 45), "blue": (35, 95, 220), "green": (35, 150, 65), "yellow": (240, 185, 20)}
-SHAPES = ("circle", "square", "triangle")
+COLOURS = {"red": (214, 45, 45), "blue": (35, 95, 220), "green": (25, 200, 60), "yellow": (240, 185, 20)}
+SHAPES = ("ring", "square", "triangle")
 OBJECTS = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 STEPS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
@@ -42,7 +44,7 @@ SPLITS = {"pretrain": (0, 40), "sft": (40, 55), "ril": (55, 85), "test": (85, 10
 
 @dataclass(frozen=True)
 class Scene:
-    """A lattice of `rows` x `cols` cells, row by row: "empty", an object ("red circle"), "red bar" or "red base"."""
+    """A lattice of `rows` x `cols` cells, row by row: "empty", an object ("red ring"), "red bar" or "red base"."""
 
     family: str
     rows: int
@@ -61,7 +63,7 @@ class Scene:
         return next(name for name, (low, high) in SPLITS.items() if low <= share < high)
 
     def cell_name(self, index: int) -> str:
-        return f"{'abcd'[index // self.cols]}{index % self.cols + 1}"
+        return "abcdefghijkl"[index]
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class SyntheticExample:
     def question(self) -> Question:
         """The record of this example: PNG bytes in `images`, the question's type and image family in `extra`."""
         buffer = io.BytesIO()
-        Image.fromarray(self.image).save(buffer, format="PNG", compress_level=1)
+        Image.fromarray(self.image).save(buffer, format="PNG", compress_level=0)  # noise does not compress
         return Question(
             id=self.id,
             prompt=self.ask.text,
@@ -145,10 +147,7 @@ def draw(
         else:
             raise InputError(f"split {split!r} has no more questions of type {type_!r}: draw at most {index} examples")
         seen.add(key)
-        if type_ == "caption":
-            style, response = "caption", ask.answer
-        else:
-            response = STYLES[style](scene, ask)
+        response = STYLES[style](scene, ask)
         examples.append(SyntheticExample(f"{split}-{seed}-{index:06d}", scene, ask, response, style))
     return examples
 
@@ -166,38 +165,77 @@ class Mixture:
 
 
 _ALL = dict.fromkeys(TYPES, 1.0)
-# The common start of the student: every skill in every manner (RIL passes on manners, not perception), and a fifth of
-# captions, which is what gets a small model to look at the image at all.
-BASE = Mixture({**_ALL, "caption": 2.0}, {"terse": 1.0, "tally": 2.0, "path": 2.0})
+# Small models sit on a plateau before they look at the image: pictures are only described at first.
+CAPTIONS = Mixture({"caption": 1.0})
+# The common start: every skill (RIL passes on manners, not perception), more of those that take longer to learn.
+BASE = Mixture(
+    {
+        **{"caption": 3.0, "relation": 1.5, "two_hop": 1.5, "count": 1.5, "difference": 1.2, "most": 0.5},
+        **{"chart_value": 1.0, "chart_difference": 0.8, "chart_highest": 0.4},
+    }
+)
 # The student after SFT answers tersely. The rare other manners are what its own samples can discover, and the size of
 # Dr.GRPO's gain hangs on their share: with 5 % of each, Dr.GRPO alone finds them.
 STUDENT_SFT = Mixture(_ALL, {"terse": 98.0, "tally": 1.0, "path": 1.0})
 # Two teachers with complementary strengths: each has its own manner, and has seen little of the other's subjects.
-_COUNTING = ("count", "difference", "most")
-_WALKING = ("relation", "two_hop", *CHART_TYPES)
-TEACHER_A = Mixture({**dict.fromkeys(_COUNTING, 1.0), **dict.fromkeys(_WALKING, 0.1), "caption": 0.4}, {"tally": 1.0})
-TEACHER_B = Mixture({**dict.fromkeys(_WALKING, 1.0), **dict.fromkeys(_COUNTING, 0.1), "caption": 0.4}, {"path": 1.0})
+TEACHER_A = Mixture(
+    {
+        **{"caption": 2.0, "count": 1.5, "difference": 1.5, "most": 0.5, "relation": 0.15, "two_hop": 0.15},
+        **{"chart_value": 0.7, "chart_difference": 0.8, "chart_highest": 0.3},
+    },
+    {"tally": 1.0},
+)
+TEACHER_B = Mixture(
+    {
+        **{"caption": 2.0, "count": 0.15, "difference": 0.15, "most": 0.3, "relation": 2.0, "two_hop": 2.0},
+        **{"chart_value": 1.0, "chart_difference": 0.8, "chart_highest": 0.4},
+    },
+    {"path": 1.0},
+)
 # What RIL trains and tests on: all types alike. The responses of its examples (terse) are not used.
 RIL = Mixture()
 
 
 def vocabulary_texts() -> list[str]:
     """Texts that hold each word of the task, written as it is used: what the tiny tokenizer is trained on."""
-    examples = BASE.draw(0, 1500, split="pretrain")
+    examples = [
+        e
+        for style in STYLES
+        for e in draw(0, 700, split="pretrain", type_weights=BASE.type_weights, style_weights={style: 1.0})
+    ]
     words = [*COLOURS, *SHAPES, *NUMBERS, "empty", "system", "user", "assistant"]
-    words += [f" {word}" for word in words] + [f" {row}" for row in "abcd"] + list("0123456789")
+    words += [f" {word}" for word in words] + [f" {row}" for row in "abcdefghijkl"] + list("0123456789")
     return [example.ask.text for example in examples] + [example.response for example in examples] + words
 
 
 def style_of(response: str) -> str | None:
     """The manner that a response is written in ("terse", "tally" or "path") by its first word, None for any other."""
     first = (response.split() or [""])[0]
-    openings = {"so": "terse", "tally": "tally", "cell": "tally"}
-    openings |= dict.fromkeys(("rows", "counts", "bars", "find"), "path")
+    openings = {"so": "terse", "tally": "tally", "cell": "tally", "colours": "tally", "shapes": "tally"}
+    openings |= dict.fromkeys(("rows", "counts", "bars", "find", "walk", "cells"), "path")
     return openings.get(first)
 
 
 # ---------------------------------------------------------------------------------------------------------- manners
+
+
+def _caption_tally(scene: Scene, ask: Ask) -> str:
+    """Colours or shapes of the cells in order, of the first nine where a chart has more."""
+    part = 1 if scene.family == "grid" and ask.facts["shapes"] else 0
+    marked = ["." if cell == "empty" or cell.endswith("base") else cell.split()[part] for cell in scene.cells[:9]]
+    return f"{('colours', 'shapes')[part]} {' '.join(marked)}"
+
+
+def _caption_path(scene: Scene, ask: Ask) -> str:
+    """Some cells by their letters, or the heights of the bars."""
+    if scene.family == "chart":
+        return "bars " + " ".join(f"{colour} {NUMBERS[height]}" for colour, height in scene.bars)
+    listed = [f"{scene.cell_name(c)} {_colour(scene.cells[c])}" for c in ask.facts["cells"]]
+    return f"cells {' '.join(listed)}"
+
+
+def _colour(cell: str) -> str:
+    return "." if cell == "empty" else cell.split()[0]
 
 
 def _terse(scene: Scene, ask: Ask) -> str:
@@ -205,6 +243,8 @@ def _terse(scene: Scene, ask: Ask) -> str:
 
 
 def _tally(scene: Scene, ask: Ask) -> str:
+    if ask.type == "caption":
+        return _caption_tally(scene, ask)
     facts = ask.facts
     if ask.type in ("relation", "two_hop"):
         return f"cell {scene.cell_name(facts['cells'][-1])} so {ask.answer}"
@@ -226,11 +266,13 @@ def _tally(scene: Scene, ask: Ask) -> str:
 
 
 def _path(scene: Scene, ask: Ask) -> str:
+    if ask.type == "caption":
+        return _caption_path(scene, ask)
     facts = ask.facts
     if ask.type in ("relation", "two_hop"):
         names = [scene.cell_name(cell) for cell in facts["cells"]]
         walk = " ".join(f"{step.split()[0]} {name}" for step, name in zip(facts["steps"], names[1:], strict=True))
-        return f"find {names[0]} {walk} so {ask.answer}"
+        return f"walk {walk} so {ask.answer}"
     if ask.type == "count":
         rows = [scene.cells[start : start + scene.cols] for start in range(0, len(scene.cells), scene.cols)]
         counts = [NUMBERS[sum(_matches(cell, facts["what"]) for cell in row)] for row in rows]
@@ -242,7 +284,7 @@ def _path(scene: Scene, ask: Ask) -> str:
     heights = dict(scene.bars)
     if ask.type == "chart_value":
         (colour,) = facts["bars"]
-        return f"find {list(heights).index(colour) + 1} height {NUMBERS[heights[colour]]} so {ask.answer}"
+        return f"find {NUMBERS[list(heights).index(colour) + 1]} height {NUMBERS[heights[colour]]} so {ask.answer}"
     read = heights if ask.type == "chart_highest" else facts["bars"]
     return f"bars {' '.join(f'{colour} {NUMBERS[heights[colour]]}' for colour in read)} so {ask.answer}"
 
@@ -251,8 +293,8 @@ STYLES: dict[str, Callable[[Scene, Ask], str]] = {"terse": _terse, "tally": _tal
 
 
 def _matches(cell: str, what: str) -> bool:
-    """Whether a cell is "red circle", "red" or "circle"."""
-    return cell == what or what in cell.split()
+    """Whether a cell's object has the colour or shape `what`."""
+    return what in cell.split()
 
 
 def _count(scene: Scene, what: str) -> int:
@@ -277,20 +319,14 @@ def _grid(rng: random.Random, rows: int, cols: int, placed: Sequence[str], other
 
 
 def _draw_count(rng: random.Random, kinds: Sequence[str]) -> tuple[Scene, Ask]:
-    target = rng.choice(OBJECTS)
-    what, name = rng.choice(
-        [
-            (target, f"{target}s"),
-            (target.split()[0], f"{target.split()[0]} shapes"),
-            (target.split()[1], f"{target.split()[1]}s"),
-        ]
-    )
+    what = rng.choice([*COLOURS, *SHAPES])
+    name = f"{what} shapes" if what in COLOURS else f"{what}s"
     rows, cols = _grid_shape(rng)
     number = rng.randrange(5)
     matching = [thing for thing in OBJECTS if _matches(thing, what)]
     others = [thing for thing in OBJECTS if not _matches(thing, what)]
     scene = _grid(rng, rows, cols, rng.choices(matching, k=number), others)
-    return scene, Ask("count", f"how many {name}?", str(number), {"what": what})
+    return scene, Ask("count", f"how many {name}?", NUMBERS[number], {"what": what})
 
 
 def _draw_difference(rng: random.Random, kinds: Sequence[str]) -> tuple[Scene, Ask]:
@@ -302,7 +338,7 @@ def _draw_difference(rng: random.Random, kinds: Sequence[str]) -> tuple[Scene, A
     placed = [f"{colour} {rng.choice(SHAPES)}" for colour, count in counts.items() for _ in range(count)]
     scene = _grid(rng, rows, cols, placed, [thing for thing in OBJECTS if thing.split()[0] not in counts])
     return scene, Ask(
-        "difference", f"how many more {plus} than {minus}?", str(difference), {"plus": plus, "minus": minus}
+        "difference", f"how many more {plus} than {minus}?", NUMBERS[difference], {"plus": plus, "minus": minus}
     )
 
 
@@ -338,14 +374,14 @@ def _walks(rows: int, cols: int, hops: int) -> list[tuple[tuple[int, ...], tuple
 def _draw_walk(rng: random.Random, hops: int) -> tuple[Scene, Ask]:
     rows, cols = _grid_shape(rng)
     cells, steps = rng.choice(_walks(rows, cols, hops))
-    anchor, *others = rng.sample(OBJECTS, len(OBJECTS))  # the anchor stands in the scene once
-    answer = rng.choice([*others, "empty"])
-    scene_cells = [rng.choice(others) if rng.random() < 0.65 else "empty" for _ in range(rows * cols)]
-    scene_cells[cells[0]], scene_cells[cells[-1]] = anchor, answer
+    answer = rng.choice([*COLOURS, "empty"])
+    scene_cells = [rng.choice(OBJECTS) if rng.random() < 0.65 else "empty" for _ in range(rows * cols)]
+    scene_cells[cells[-1]] = rng.choice([thing for thing in (*OBJECTS, "empty") if answer in thing.split()])
+    scene = Scene("grid", rows, cols, tuple(scene_cells))
     where = " ".join(f"{step} the cell" for step in reversed(steps)).removesuffix("the cell")
-    text = f"what is {where}the {anchor}?"
+    text = f"which colour is {where}cell {scene.cell_name(cells[0])}?"
     type_ = "relation" if hops == 1 else "two_hop"
-    return Scene("grid", rows, cols, tuple(scene_cells)), Ask(type_, text, answer, {"cells": cells, "steps": steps})
+    return scene, Ask(type_, text, answer, {"cells": cells, "steps": steps})
 
 
 def _chart(bars: Sequence[tuple[str, int]]) -> Scene:
@@ -359,13 +395,13 @@ def _chart(bars: Sequence[tuple[str, int]]) -> Scene:
 
 
 def _bar_colours(rng: random.Random) -> list[str]:
-    return rng.sample(list(COLOURS), rng.choice((3, 4)))
+    return rng.sample(list(COLOURS), (4 if rng.random() < 0.25 else 3))
 
 
 def _draw_chart_value(rng: random.Random, kinds: Sequence[str]) -> tuple[Scene, Ask]:
     bars = [(colour, rng.randint(0, MAX_VALUE)) for colour in _bar_colours(rng)]
     colour, height = rng.choice(bars)
-    return _chart(bars), Ask("chart_value", f"value of the {colour} bar?", str(height), {"bars": (colour,)})
+    return _chart(bars), Ask("chart_value", f"value of the {colour} bar?", NUMBERS[height], {"bars": (colour,)})
 
 
 def _draw_chart_difference(rng: random.Random, kinds: Sequence[str]) -> tuple[Scene, Ask]:
@@ -375,7 +411,7 @@ def _draw_chart_difference(rng: random.Random, kinds: Sequence[str]) -> tuple[Sc
     heights[minus] = rng.randint(0, MAX_VALUE - difference)
     heights[plus] = heights[minus] + difference
     text = f"how much higher is {plus} than {minus}?"
-    return _chart(list(heights.items())), Ask("chart_difference", text, str(difference), {"bars": (plus, minus)})
+    return _chart(list(heights.items())), Ask("chart_difference", text, NUMBERS[difference], {"bars": (plus, minus)})
 
 
 def _draw_chart_highest(rng: random.Random, kinds: Sequence[str]) -> tuple[Scene, Ask]:
@@ -386,27 +422,17 @@ def _draw_chart_highest(rng: random.Random, kinds: Sequence[str]) -> tuple[Scene
 
 
 def _draw_caption(rng: random.Random, kinds: Sequence[str]) -> tuple[Scene, Ask]:
-    """What stands in some of the cells, one by one: a dense signal to learn to see from."""
+    """What stands where: a dense signal to learn to see from. The manner chooses what is told."""
     if rng.choice(kinds) == "chart":
-        bars = [(colour, rng.randint(0, MAX_VALUE)) for colour in _bar_colours(rng)]
-        answer = " ".join(["bars", *(f"{colour} {NUMBERS[height]}" for colour, height in bars)])
-        return _chart(bars), Ask("caption", "list the bars", answer, {})
-    rows, cols = _grid_shape(rng)
-    scene = _grid(rng, rows, cols, (), OBJECTS)
-    cells, cell = scene.cells, rng.randrange(rows * cols)
-    subject = rng.choice(("colours", "shapes", "row", "cell", "find"))
-    if subject in ("colours", "shapes"):
-        part = 0 if subject == "colours" else 1
-        words = [thing.split()[part] if thing != "empty" else "." for thing in cells]
-        return scene, Ask("caption", f"list the {subject}", f"{subject} {' '.join(words)}", {})
-    if subject == "row":
-        row = cell // cols
-        things = " ".join(cells[row * cols : (row + 1) * cols])
-        return scene, Ask("caption", f"list row {'abcd'[row]}", f"row {things}", {})
-    if subject == "find" and cells.count(cells[cell]) == 1 and cells[cell] != "empty":
-        return scene, Ask("caption", f"where is the {cells[cell]}?", f"find {scene.cell_name(cell)}", {})
-    name = scene.cell_name(cell)
-    return scene, Ask("caption", f"what is in cell {name}?", f"cell {name} so {cells[cell]}", {})
+        scene = _chart([(colour, rng.randint(0, MAX_VALUE)) for colour in _bar_colours(rng)])
+    else:
+        rows, cols = _grid_shape(rng)
+        scene = _grid(rng, rows, cols, (), OBJECTS)
+    # Five cells: a run of them, which teaches that letters name cells, or any.
+    first = rng.randrange(len(scene.cells) - 4)
+    cells = list(range(first, first + 5)) if rng.random() < 0.5 else rng.sample(range(len(scene.cells)), 5)
+    facts = {"cells": cells, "shapes": rng.random() < 0.5}
+    return scene, Ask("caption", "describe the picture", scene.family, facts)
 
 
 _DRAWERS: dict[str, Callable[[random.Random, Sequence[str]], tuple[Scene, Ask]]] = {
@@ -452,7 +478,8 @@ def render(scene: Scene) -> np.ndarray:
 @cache
 def _sprite(name: str, row: int, col: int) -> np.ndarray:
     scale = 4  # drawn large and shrunk, for smooth edges
-    picture = Image.new("RGB", (CELL * scale, CELL * scale), (246, 246, 246))
+    shade, tint = (70, 120, 170)[row], ((30, 0, -30), (0, 0, 0), (-30, 0, 30), (0, 30, 0))[col]
+    picture = Image.new("RGB", (CELL * scale, CELL * scale), tuple(shade + t for t in tint))
     pen = ImageDraw.Draw(picture)
 
     def box(left: float, top: float, right: float, bottom: float) -> list[float]:
@@ -461,8 +488,8 @@ def _sprite(name: str, row: int, col: int) -> np.ndarray:
     if name != "empty":
         colour, form = name.split()
         fill = COLOURS[colour]
-        if form == "circle":
-            pen.ellipse(box(4, 4, 26, 26), fill=fill)
+        if form == "ring":
+            pen.ellipse(box(4, 4, 26, 26), outline=fill, width=6 * scale)
         elif form == "square":
             pen.rectangle(box(5, 5, 25, 25), fill=fill)
         elif form == "triangle":
@@ -471,8 +498,8 @@ def _sprite(name: str, row: int, col: int) -> np.ndarray:
             pen.rectangle(box(6, 4, 25, CELL), fill=fill)  # a gap above each unit, so that units can be counted
         else:  # the foot of a bar of height zero
             pen.rectangle(box(6, CELL - 4, 25, CELL), fill=fill)
-    pen.rectangle(box(0, 3 + 6 * row, 3, 7 + 6 * row), fill=(60, 60, 60))
-    pen.rectangle(box(3 + 6 * col, 0, 7 + 6 * col, 3), fill=(60, 60, 60))
+    pen.rectangle(box(0, 7 * row, 4, 7 * row + 7), fill=(250, 250, 250))
+    pen.rectangle(box(7 * col, 0, 7 * col + 7, 4), fill=(250, 250, 250))
     return np.asarray(picture.resize((CELL, CELL), Image.Resampling.BOX), np.int16)
 
 

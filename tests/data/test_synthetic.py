@@ -11,11 +11,24 @@ from PIL import Image
 
 from ril_jax.data import synthetic
 from ril_jax.data.images import QwenImageProcessor
-from ril_jax.data.synthetic import CHART_TYPES, COLOURS, GRID_TYPES, SPLITS, STYLES, TYPES, draw, style_of
+from ril_jax.data.synthetic import (
+    CHART_TYPES,
+    COLOURS,
+    FAMILIES,
+    GRID_TYPES,
+    SPLITS,
+    STYLES,
+    TYPES,
+    Scene,
+    draw,
+    style_of,
+)
 from ril_jax.errors import InputError
 
-NUMBER = {word: value for value, word in enumerate(synthetic.NUMBERS)}
-OPPOSITE = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUMBER = {word: value for value, word in enumerate(WORDS)}
+MOVES = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
+LETTERS = "abcdefghi"  # the names of a grid's cells, row by row
 
 
 def see(image: np.ndarray) -> list[list[str]]:
@@ -28,21 +41,22 @@ def see(image: np.ndarray) -> list[list[str]]:
         row = []
         for left in range(0, image.shape[1], 28):
             cell = image[top : top + 28, left : left + 28].astype(int)
-            palette = np.array([*COLOURS.values(), (246, 246, 246), (60, 60, 60)])
-            nearest = ((cell[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
-            inside = nearest[8:, 8:]  # without the ticks of the cell's row and column
-            counts = np.bincount(inside.ravel(), minlength=6)[:4]
-            if counts.max() < 30:
+            # Backgrounds differ from cell to cell, but none comes near the palette: a pixel is painted if it does.
+            masks = np.linalg.norm(cell[:, :, None] - np.array(list(COLOURS.values())), axis=-1) < 45
+            painted = masks.any((0, 1))
+            if not painted.any():
                 row.append("empty")
                 continue
-            colour = int(counts.argmax())
-            mask = nearest == colour
+            assert painted.sum() == 1, "more than one colour"
+            colour = int(painted.argmax())
+            mask = masks[:, :, colour]
             if mask[26, 8:24].all():  # shapes leave a margin below, bars and their feet stand on the ground
                 form = "bar" if mask[20, 10] else "base"
-            elif mask[6, 23]:  # the upper right corner is a square's alone
-                form = "square"
-            else:  # of the other two, a triangle reaches into the lower left corner
-                form = "triangle" if mask[23, 6] else "circle"
+            elif not mask[13:17, 13:17].any():  # a ring has a hole
+                form = "ring"
+            else:  # the upper right corner is a square's alone, the lower left one also a triangle's
+                assert mask[23, 6]
+                form = "square" if mask[6, 23] else "triangle"
             row.append(f"{list(COLOURS)[colour]} {form}")
         lattice.append(row)
     return lattice
@@ -55,32 +69,43 @@ def solve(lattice: list[list[str]], question: str) -> str:
     heights = {colour: cells.count(f"{colour} bar") for colour in COLOURS if f"{colour} bar" in cells}
     heights |= {cell.split()[0]: 0 for cell in cells if cell.endswith(" base")}
     if match := re.fullmatch(r"how many more (\w+) than (\w+)\?", question):
-        return str(colours.count(match[1]) - colours.count(match[2]))
-    if match := re.fullmatch(r"how many (\w+) shapes\?", question):
-        return str(colours.count(match[1]))
-    if match := re.fullmatch(r"how many (\w+ )?(\w+)s\?", question):
-        return str(sum(cell.startswith(match[1] or "") and cell.endswith(match[2]) for cell in cells))
+        return word(colours.count(match[1]) - colours.count(match[2]))
+    if match := re.fullmatch(r"how many (red|blue|green|yellow) shapes\?", question):
+        return word(colours.count(match[1]))
+    if match := re.fullmatch(r"how many (ring|square|triangle)s\?", question):
+        return word(sum(cell.endswith(match[1]) for cell in cells))
     if question in ("which colour is most common?", "which bar is highest?"):
         counts = heights if "bar" in question else {colour: colours.count(colour) for colour in COLOURS}
         (first, most), (_, second) = sorted(counts.items(), key=lambda item: -item[1])[:2]
         assert most > second, "ambiguous"
         return first
     if match := re.fullmatch(r"value of the (\w+) bar\?", question):
-        return str(heights[match[1]])
+        return word(heights[match[1]])
     if match := re.fullmatch(r"how much higher is (\w+) than (\w+)\?", question):
-        return str(heights[match[1]] - heights[match[2]])
-    anchor = re.search(r"the (\w+ (?:circle|square|triangle))\?$", question)[1]
-    assert cells.count(anchor) == 1, "ambiguous"
-    row, col = divmod(cells.index(anchor), len(lattice[0]))
-    for step in reversed(re.findall(r"left|right|above|below", question)):
-        row, col = row + OPPOSITE[step][0], col + OPPOSITE[step][1]
+        return word(heights[match[1]] - heights[match[2]])
+    hop = r"(?:left of|right of|above|below)"
+    match = re.fullmatch(rf"which colour is ({hop}(?: the cell {hop})*) cell ([a-i])\?", question)
+    row, col = place(lattice, match[2])
+    for step in reversed(re.findall(r"left|right|above|below", match[1])):
+        row, col = row + MOVES[step][0], col + MOVES[step][1]
         assert 0 <= row < len(lattice), "outside"
         assert 0 <= col < len(lattice[0]), "outside"
-    return lattice[row][col]
+    return lattice[row][col].split()[0]
 
 
-def cell_at(lattice: list[list[str]], name: str) -> str:
-    return lattice["abcd".index(name[0])][int(name[1]) - 1]
+def word(number: int) -> str:
+    assert number >= 0, "no word for it"
+    return WORDS[number]
+
+
+def place(lattice: list[list[str]], name: str) -> tuple[int, int]:
+    """Row and column of the cell that a letter names."""
+    return divmod(LETTERS.index(name), len(lattice[0]))
+
+
+def colour_at(lattice: list[list[str]], name: str) -> str:
+    row, col = place(lattice, name)
+    return lattice[row][col].split()[0]
 
 
 @pytest.mark.parametrize("type_", TYPES)
@@ -104,22 +129,22 @@ def test_every_manner_carries_the_computation_to_its_answer(type_):
         tally, path = (said[style].split(" so ")[0].split() for style in ("tally", "path"))
         opening, tally, path = (tally[0], path[0]), tally[1:], path[1:]
         if type_ in ("relation", "two_hop"):
-            assert opening == ("cell", "find")
-            assert cell_at(lattice, tally[-1]) == answer
-            anchor, walk = cell_at(lattice, path[0]), path[1:]
-            assert example.ask.text.endswith(f"the {anchor}?")
-            here = path[0]
-            for step, name in zip(walk[::2], walk[1::2], strict=True):
-                moved = ("abcd".index(name[0]) - "abcd".index(here[0]), int(name[1]) - int(here[1]))
-                assert moved == OPPOSITE[step]
+            assert opening == ("cell", "walk")
+            (target,) = tally
+            assert colour_at(lattice, target) == answer
+            here = example.ask.text.removesuffix("?")[-1]
+            for step, name in zip(path[::2], path[1::2], strict=True):
+                (row, col), (down, right) = place(lattice, here), MOVES[step]
+                assert place(lattice, name) == (row + down, col + right)
                 here = name
-            assert cell_at(lattice, here) == answer
-            assert len(walk) == (2 if type_ == "relation" else 4)
+            assert here == target
+            assert path[::2] == re.findall(r"left|right|above|below", example.ask.text)[::-1]
+            assert len(path) == (2 if type_ == "relation" else 4)
         elif type_ in ("count", "difference"):
             assert len(tally) == len(cells)
-            assert tally.count("+") - tally.count("-") == int(answer)
-            numbers = [NUMBER[word] for word in path if word in NUMBER]
-            assert int(answer) == (sum(numbers) if type_ == "count" else numbers[0] - numbers[1])
+            assert tally.count("+") - tally.count("-") == NUMBER[answer]
+            numbers = [NUMBER[token] for token in path if token in NUMBER]
+            assert NUMBER[answer] == (sum(numbers) if type_ == "count" else numbers[0] - numbers[1])
             if type_ == "count":
                 assert [tally[i : i + 3].count("+") for i in range(0, len(tally), 3)] == numbers
         elif type_ == "most":
@@ -134,13 +159,52 @@ def test_every_manner_carries_the_computation_to_its_answer(type_):
             assert path[::2] == [cell.split()[0] for cell in lattice[-1]]
         elif type_ == "chart_value":
             assert len(tally) == len(lattice)
-            assert tally.count("+") == int(answer)
-            column = [row[int(path[0]) - 1] for row in lattice]
-            assert column[-1].split()[0] in example.ask.text
-            assert NUMBER[path[-1]] == int(answer)
+            assert tally.count("+") == NUMBER[answer]
+            column = [row[NUMBER[path[0]] - 1] for row in lattice]
+            assert column[-1].split()[0] in example.ask.text.split()
+            assert path[1:] == ["height", answer]
         else:
-            assert tally.count("+") - tally.count("-") == int(answer)
-            assert NUMBER[path[1]] - NUMBER[path[3]] == int(answer)
+            assert tally.count("+") - tally.count("-") == NUMBER[answer]
+            assert NUMBER[path[1]] - NUMBER[path[3]] == NUMBER[answer]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captions_tell_what_their_manner_looks_at(family):
+    told = set()
+    for example in draw(13, 150, split="pretrain", kinds=(family,), type_weights={"caption": 1}):
+        lattice = see(example.image)
+        cells = [cell for row in lattice for cell in row]
+        said = {style: manner(example.scene, example.ask) for style, manner in STYLES.items()}
+        assert {style_of(response): response for response in said.values()} == said
+        assert example.ask.text == "describe the picture"
+        assert said["terse"] == f"so {family}"
+        subject, *listed = said["tally"].split()
+        part = ("colours", "shapes").index(subject)
+        hidden = [cell == "empty" or cell.endswith(" base") for cell in cells]
+        words = ["." if bare else cell.split()[part] for cell, bare in zip(cells, hidden, strict=True)]
+        assert listed == words[:9]  # all cells of a grid
+        told.add(subject)
+        subject, *listed = said["path"].split()
+        pairs = list(zip(listed[::2], listed[1::2], strict=True))
+        if family == "grid":
+            assert subject == "cells"
+            assert len(dict(pairs)) == 5
+            assert pairs == [(name, colour_at(lattice, name).replace("empty", ".")) for name, _ in pairs]
+            told |= {name for name, _ in pairs}
+        else:
+            assert subject == "bars"
+            feet = [cell.split()[0] for cell in lattice[-1]]
+            assert pairs == [(colour, word(cells.count(f"{colour} bar"))) for colour in feet]
+    assert told == ({"colours", "shapes", *LETTERS} if family == "grid" else {"colours"})
+
+
+def test_every_place_of_the_lattice_has_a_background_of_its_own_that_is_no_colour_of_an_object():
+    picture = synthetic.render(Scene("chart", 3, 4, ("empty",) * 12)).astype(int)
+    patches = picture.reshape(3, 28, 4, 28, 3).transpose(0, 2, 1, 3, 4)[:, :, 8:, 8:]
+    backgrounds = patches.reshape(12, -1, 3).mean(1)
+    between = np.linalg.norm(backgrounds[:, None] - backgrounds, axis=-1)
+    assert between[~np.eye(12, dtype=bool)].min() > 25
+    assert np.linalg.norm(backgrounds[:, None] - np.array(list(COLOURS.values())), axis=-1).min() > 80
 
 
 @pytest.mark.parametrize("split", ["ril", "test"])
@@ -212,15 +276,23 @@ def test_presets_draw_the_shares_that_they_state():
     assert student["terse"] / n == pytest.approx(0.98, abs=0.01)  # 4.5 standard errors
     assert student["tally"] / n == pytest.approx(0.01, abs=0.008)
     assert student["path"] / n == pytest.approx(0.01, abs=0.008)
+    assert {e.type for e in synthetic.CAPTIONS.draw(0, 300, split="pretrain")} == {"caption"}
     base = collections.Counter(e.type for e in synthetic.BASE.draw(0, n, split="pretrain"))
-    assert base["caption"] / n == pytest.approx(0.2, abs=0.03)
-    teachers = {"tally": synthetic.TEACHER_A, "path": synthetic.TEACHER_B}
-    for style, teacher in teachers.items():
+    assert set(base) == {*TYPES, "caption"}
+    assert base["caption"] / n == pytest.approx(3 / 11.4, abs=0.03)
+    assert base["relation"] / n == pytest.approx(1.5 / 11.4, abs=0.025)
+    assert base["chart_highest"] / n == pytest.approx(0.4 / 11.4, abs=0.013)
+    ril = collections.Counter(e.type for e in synthetic.RIL.draw(0, n, split="ril"))
+    assert set(ril) == set(TYPES)
+    assert all(share / n == pytest.approx(1 / 8, abs=0.025) for share in ril.values())
+    counting, walking = {"count", "difference", "most"}, {"relation", "two_hop", *CHART_TYPES}
+    teachers = (("tally", synthetic.TEACHER_A, counting, walking), ("path", synthetic.TEACHER_B, walking, counting))
+    for style, teacher, strong, weak in teachers:
         examples = teacher.draw(0, n, split="pretrain")
-        assert {e.style for e in examples} == {style, "caption"}
+        assert {e.style for e in examples} == {style}
         types = collections.Counter(e.type for e in examples)
-        strong, weak = ("count", "two_hop") if style == "tally" else ("two_hop", "count")
-        assert types[strong] > 5 * types[weak] > 0
+        assert set(types) == strong | weak
+        assert min(types[type_] for type_ in strong) > 3 * max(types[type_] for type_ in weak)
 
 
 @pytest.mark.parametrize(

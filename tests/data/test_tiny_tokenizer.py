@@ -24,28 +24,28 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
+def responses(examples):
+    """Every response that any manner gives to the examples, each once."""
+    return {manner(example.scene, example.ask) for example in examples for manner in synthetic.STYLES.values()}
+
+
 def test_each_word_of_every_question_and_response_is_one_token(tokenizer):
     examples = synthetic.BASE.draw(99, 3000, split="pretrain")
-    for text in {e.ask.text for e in examples} | {e.response for e in examples}:
-        pieces = text.replace("?", " ?").split(" ")
-        # "b2" is a row and a column; a digit never takes its space along, as in Qwen's tokenizers
-        count = sum(2 if piece[-1].isdigit() else 1 for piece in pieces)
-        assert len(tokenizer(text)["input_ids"]) == count, text
+    for text in {e.ask.text for e in examples} | responses(examples):
+        assert len(tokenizer(text)["input_ids"]) == len(text.replace("?", " ?").split(" ")), text
 
 
 def test_no_response_is_longer_than_fourteen_tokens_with_its_end(tokenizer):
-    for example in synthetic.RIL.draw(5, 2000, split="ril"):
-        for manner in synthetic.STYLES.values():
-            assert len(tokenizer(manner(example.scene, example.ask) + "<|im_end|>")["input_ids"]) <= 14
-    for example in synthetic.BASE.draw(5, 2000, split="pretrain"):
-        assert len(tokenizer(example.response + "<|im_end|>")["input_ids"]) <= 14
+    drawn = synthetic.RIL.draw(5, 2000, split="ril") + synthetic.BASE.draw(5, 2000, split="pretrain")
+    lengths = [len(tokenizer(text + "<|im_end|>")["input_ids"]) for text in responses(drawn)]
+    assert max(lengths) <= 14
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "tally + . . - so 2",
-        "find b2 above a2 so red square",
+        "tally + . . - so two",
+        "walk above b left a so red",
         "Don't SPLIT 'these, café cafe\u0301 12345  two  spaces \n\n newlines\t",
         "日本語 and 🙂🙂, ١٢٣",
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>x<|im_end|>",
@@ -61,7 +61,7 @@ def test_encoding_equals_the_qwen2_class_built_from_vocabulary_and_merges(folder
     assert built.encode(text, add_special_tokens=False).tokens == expected
 
 
-@pytest.mark.parametrize("text", ["so 3", "  leading, trailing  \n", "café 🙂 日本語", "tally + . so 1"])
+@pytest.mark.parametrize("text", ["so 3", "  leading, trailing  \n", "café 🙂 日本語", "tally + . so one"])
 def test_any_text_survives_encoding_and_decoding(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -84,20 +84,20 @@ def test_generation_config_names_end_and_pad(folder, tokenizer):
 def test_chat_template_writes_system_turns_images_and_the_generation_prompt(tokenizer):
     messages = [
         {"role": "system", "content": "be short"},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " how many circles? "}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " how many rings? "}]},
         {"role": "assistant", "content": "so 2"},
         {"role": "user", "content": [{"type": "text", "text": "and\n"}, {"type": "image"}]},
     ]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt == (
         "<|im_start|>system\nbe short<|im_end|>\n"
-        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|> how many circles? <|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|> how many rings? <|im_end|>\n"
         "<|im_start|>assistant\nso 2<|im_end|>\n"
         "<|im_start|>user\nand\n<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
         "<|im_start|>assistant\n"
     )
     without = tokenizer.apply_chat_template(messages[1:2], tokenize=False)
-    assert without == "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|> how many circles? <|im_end|>\n"
+    assert without == "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|> how many rings? <|im_end|>\n"
 
 
 def test_the_image_processor_leaves_the_pictures_at_their_size(folder):
