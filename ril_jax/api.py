@@ -229,7 +229,7 @@ class Model:
             chunk = [prompts[row] for row in rows]
             longest = max(len(prompt.token_ids) for prompt in chunk)
             batch = pack_prompts(
-                chunk,  # type: ignore[arg-type]
+                chunk,
                 self.config,
                 batch=_power_of_two(len(chunk)),
                 prompt_len=_power_of_two(longest, _MIN_PROMPT),

@@ -2,7 +2,8 @@
 
     python -m ril_jax.export --checkpoint=DIR --output=HF_DIR [--dtype=bfloat16] [--overwrite]
 
-`--checkpoint` is an HF folder (such as WORKDIR/ril/ril/model), a stage folder of a workdir, or a whole workdir (its last arm).
+`--checkpoint` is an HF folder (such as WORKDIR/ril/ril/model), a stage folder of a workdir, or a whole workdir (its
+last arm).
 """
 
 import shutil

@@ -10,16 +10,19 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ril_jax.errors import InputError
+
+HostOrDevice = Array | np.ndarray  # what a caller may give where the result is on the device
 
 # As TRL and verl have it: keeps a group whose rewards are all equal at advantage 0 instead of 0/0.
 STD_EPSILON = 1e-4
 
 
 def similarity_reward(
-    logits: Array, kind: Literal["binary", "continuous", "levels", "score"] = "binary", levels: int | None = None
+    logits: HostOrDevice, kind: Literal["binary", "continuous", "levels", "score"] = "binary", levels: int | None = None
 ) -> Array:
     """R_sim of the discriminator's logits (any shape), float32 in [0, 1]; 1 is "looks like a teacher's".
 
@@ -44,14 +47,14 @@ def similarity_reward(
     return jnp.where(jnp.isnan(logits), jnp.nan, reward)
 
 
-def group_advantages(rewards_bg: Array, scale: Literal["none", "std"] = "none") -> Array:
+def group_advantages(rewards_bg: HostOrDevice, scale: Literal["none", "std"] = "none") -> Array:
     """A_i = R_i - mean of its group: rewards [B, G'] -> advantages [B, G'], float32; G' is 2G in RIL, else G.
 
     "none" is Dr.GRPO's and the paper's choice; "std" divides by the group's sample standard deviation (one degree of
     freedom taken off) + 1e-4, which is GRPO as TRL, verl and Tunix have it. Raises InputError for another scale.
     """
     rewards_bg = _float32(rewards_bg)
-    advantages_bg = rewards_bg - rewards_bg.mean(axis=-1, keepdims=True)
+    advantages_bg: Array = rewards_bg - rewards_bg.mean(axis=-1, keepdims=True)
     if scale == "none":
         return advantages_bg
     if scale != "std":
@@ -84,7 +87,7 @@ def gad_pair_loss(student_scores: Array, teacher_scores: Array) -> Array:
     return -jax.nn.log_sigmoid(margin).mean()
 
 
-def discriminator_accuracy(student_logits: Array, teacher_logits: Array) -> Array:
+def discriminator_accuracy(student_logits: HostOrDevice, teacher_logits: HostOrDevice) -> Array:
     """Share of logits [N] each that the binary rule (below 0: a teacher) tells right, both sides weighing half."""
     return 0.5 * (student_logits >= 0).mean(dtype=jnp.float32) + 0.5 * (teacher_logits < 0).mean(dtype=jnp.float32)
 
@@ -181,7 +184,7 @@ def sft_loss(logprobs: Array, mask: Array, *, normalizer: float | Array | None =
 def chunked_logprobs(
     hidden_nd: Array,
     head: Array,
-    targets_n: Array,
+    targets_n: HostOrDevice,
     *,
     chunk: int,
     with_entropy: bool = True,
@@ -278,5 +281,5 @@ def _masked(x: Array, token_mask: Array) -> Array:
     return jnp.where(token_mask, _float32(x), 0.0)
 
 
-def _float32(x: Array) -> Array:
+def _float32(x: HostOrDevice) -> Array:
     return jnp.asarray(x, jnp.float32)

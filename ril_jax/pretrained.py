@@ -1,4 +1,4 @@
-"""A Hugging Face model folder as one thing: its config, its tokenizer with template and image processor, its network."""
+"""A Hugging Face model folder as one thing: config, tokenizer with template, image processor, network."""
 
 import dataclasses
 import json

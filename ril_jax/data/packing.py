@@ -1,7 +1,7 @@
 """From prompts and responses of any size to arrays of a few known shapes (numpy, on the host).
 
-Image grids, window order, rotary positions and placeholders become index arrays here, so that what is compiled depends only on
-the bucket: the padded prompt length, the padded response length, and the rung of the vision ladder.
+Image grids, window order, rotary positions and placeholders become index arrays here, so that what is compiled depends
+only on the bucket: the padded prompt length, the padded response length, and the rung of the vision ladder.
 """
 
 import dataclasses
@@ -19,23 +19,27 @@ from ril_jax.models.qwen2_5_vl import VisionInputs
 class Patches(Protocol):
     """What packing needs of an image (`images.PatchedImage`): patches [h*w, C] and grid (1, h, w)."""
 
-    patches: np.ndarray
-    grid: tuple[int, int, int]
+    @property
+    def patches(self) -> np.ndarray: ...
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
 
 
 class Prompt(Protocol):
     """What packing needs of a prompt (`chat.EncodedPrompt`)."""
 
-    token_ids: np.ndarray
-    images: Sequence[Patches]
+    @property
+    def token_ids(self) -> np.ndarray: ...
+    @property
+    def images(self) -> Sequence[Patches]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class VisionRung:
     """One shape of the packed image buffer: at most `patches` in all, `images` images, `image_patches` in each.
 
-    `windows` attention windows of at most `window_patches`; 0 stands for one to every 9 patches (a full window holds 64,
-    but the edges of images make smaller ones), and for the model's own window.
+    `windows` attention windows of at most `window_patches`; 0 stands for one to every 9 patches (a full window holds
+    64, but the edges of images make smaller ones), and for the model's own window.
     """
 
     patches: int
@@ -53,8 +57,9 @@ class PromptBatch(NamedTuple):
     """B prompts, padded on the left to P, and their images.
 
     token_ids: [B, P] int32; positions: [3, B, P] int32 (M-RoPE axes; equal for text); valid: [B, P] bool;
-    feature_index: [B, P] int32, row of the encoded features, -1 for text; next_position: [B] int32, of the first response
-    token; row_valid: [B] bool, False for rows that only fill the batch; vision: VisionInputs or None for text only.
+    feature_index: [B, P] int32, row of the encoded features, -1 for text; next_position: [B] int32, of the first
+    response token; row_valid: [B] bool, False for rows that only fill the batch; vision: VisionInputs or None for text
+    only.
     """
 
     token_ids: np.ndarray
@@ -170,7 +175,8 @@ def pack_images(images: Sequence[Patches], config: QwenVisionConfig, rung: Visio
             window_slot[at : at + length] = w * window_patches + np.arange(length)
             at, w = at + length, w + 1
         start += n
-    return VisionInputs(patches, positions, window_index, window_slot, frame_index, frame_slot)
+    tables = (patches, positions, window_index, window_slot, frame_index, frame_slot)
+    return VisionInputs(*tables)  # type: ignore[arg-type]  # on the host still; device arrays from the jitted call on
 
 
 @functools.lru_cache(maxsize=4096)

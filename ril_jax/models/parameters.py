@@ -1,9 +1,10 @@
 """One description of a parameter, and the networks that are made of such descriptions.
 
 A `ParamSpec` says everything that is to be known of a parameter: shape, logical axes, initialiser, and the name and
-layout that it has in a Hugging Face checkpoint. Flax NNX modules hold specs (`nnx.Param(spec=...)`) and say what is computed;
-a `Network` splits such a module once. What crosses `jax.jit` is a flat dict {"text.layers.q.kernel": array}, with the layers
-stacked on the leading axis; inside the jitted function `Network.bind` puts the arrays back into the module.
+layout that it has in a Hugging Face checkpoint. Flax NNX modules hold specs (`nnx.Param(spec=...)`) and say what is
+computed; a `Network` splits such a module once. What crosses `jax.jit` is a flat dict {"text.layers.q.kernel": array},
+with the layers stacked on the leading axis; inside the jitted function `Network.bind` puts the arrays back into the
+module.
 """
 
 import dataclasses
@@ -105,8 +106,8 @@ class Network:
     def init(self, key: jax.Array, dtype: Any = jnp.float32, *, scheme: str = "normal") -> Params:
         """Fresh parameters, each from its own key (by name, so that the order of definition does not matter).
 
-        scheme: "normal" is HF's, std 0.02 throughout; "fan_in" draws matrices with std 1/sqrt(inputs) and embeddings with
-        0.1, without which a network of a few hundred thousand parameters takes long to learn to see.
+        scheme: "normal" is HF's, std 0.02 throughout; "fan_in" draws matrices with std 1/sqrt(inputs) and embeddings
+        with 0.1, without which a network of a few hundred thousand parameters takes long to learn to see.
         """
         stds = {name: spec.scale if scheme == "normal" else _fan_in_std(spec) for name, spec in self.specs.items()}
         return {name: _init_one(spec, _named_key(key, name), dtype, stds[name]) for name, spec in self.specs.items()}

@@ -30,7 +30,8 @@ def response_hidden(
     """Final hidden states of a batch of rows.
 
     Args:
-      prompts: [B, P] arrays; responses: [B, S, R] arrays; features: [F, D] encoded images that `feature_index` points into.
+      prompts: [B, P] arrays; responses: [B, S, R] arrays; features: [F, D] encoded images that `feature_index` points
+        into.
 
     Returns: (hidden of the prompt's last token [B, D], hidden of the responses [B, S, R, D]).
     """
@@ -82,4 +83,5 @@ def response_logprobs(
         chunk=chunk,
         tied=True,
     )
+    assert entropy is not None
     return logprobs.reshape(B, S, R), entropy.reshape(B, S, R)

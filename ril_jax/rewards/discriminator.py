@@ -1,7 +1,8 @@
-"""The discriminator D (ril_paper.md section 2): what it reads, and the network that reads it.
+"""The discriminator D (paper section 4.1, Fig. 3): what it reads, and the network that reads it.
 
-Input is the response inside a chat prompt of our own words, read out at the last token of the generation prompt. The rows of
-one question share everything before the response, so they are packed as `[shared beginning | row 1 | row 2 | ...]`.
+Input is the response inside a chat prompt of our own words, read out at the last token of the generation prompt. The
+rows of one question share everything before the response, so they are packed as
+`[shared beginning | row 1 | row 2 | ...]`.
 """
 
 import functools
@@ -61,7 +62,7 @@ class DiscriminatorPrompts:
     def rows(
         self, question: Question, prompt: EncodedPrompt, responses: Sequence[str]
     ) -> tuple[EncodedPrompt, list[np.ndarray]]:
-        """(the shared beginning with the question's images, the rest of every row); at least the suffix is in the rest."""
+        """(the shared beginning with the question's images, the rest of each row); the suffix is always in the rest."""
         context = None if self.context == "none" else _question_text(question)
         images = prompt.images if self.context == "question_image" else ()
         sizes = tuple(image.num_tokens for image in images)

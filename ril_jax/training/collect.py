@@ -49,8 +49,8 @@ def teacher_dataset(run: Run) -> QuestionDataset:
     return response_dataset(run)
 
 
-def question_key(seed: int, purpose: str, question_id: str) -> jax.Array:
-    """A PRNG key that depends on these three alone, [2] uint32 (numpy)."""
+def question_key(seed: int, purpose: str, question_id: str) -> np.ndarray:
+    """A PRNG key that depends on these three alone, [2] uint32."""
     words = np.random.SeedSequence([seed, hash_name(purpose), hash_name(question_id)]).generate_state(2)
     return words.astype(np.uint32)
 

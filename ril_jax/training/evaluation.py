@@ -21,8 +21,8 @@ from ril_jax.training.run import Run
 def evaluate(run: Run, params: Params, questions: Sequence[Question], judge: Judge) -> dict[str, Any]:
     """Greedy responses to all questions.
 
-    Returns: accuracy, its 95 % interval (normal approximation), mean response length in tokens, the number of questions,
-    and accuracy by the `type` column where the questions have one.
+    Returns: accuracy, its 95 % interval (normal approximation), mean response length in tokens, the number of
+    questions, and accuracy by the `type` column where the questions have one.
     """
     size = run.config.eval.batch_size
     scores: list[float] = []

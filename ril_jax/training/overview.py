@@ -14,14 +14,15 @@ __all__ = ["announce", "describe_start", "duration", "summarise"]
 
 
 def describe_start(run: Run) -> str:
-    """The resolved config, the devices, and the batch arithmetic; what needs the student's files comes with its stage."""
+    """The resolved config, the devices, and the batch arithmetic; what needs the student's files comes with a stage."""
     c = run.config
     device = jax.devices()[0]
     shape = " x ".join(f"{name} {size}" for name, size in run.mesh.shape.items())
     lines = [
         "config",
         *(f"  {line}" for line in _fields(c.to_dict())),
-        f"devices: {jax.device_count()} x {device.device_kind} ({device.platform}), {jax.process_count()} processes; mesh {shape}",
+        f"devices: {jax.device_count()} x {device.device_kind} ({device.platform}), {jax.process_count()} processes; "
+        f"mesh {shape}",
         f"workdir: {run.workdir}",
         f"stages: {', '.join(config_lib.stages(c))}"
         + (f"; arms of ril: {', '.join(config_lib.arms(c))}" if c.arms else ""),
@@ -81,8 +82,9 @@ def _batch_arithmetic(run: Run) -> list[str]:
     teachers = len(c.teachers) or 1
     return [
         "batch arithmetic of a RIL step:",
-        f"  {ril.batch_size} questions x ({ril.num_generations} student + {ril.num_teacher_generations} teacher responses"
-        f" from {len(c.teachers)} teachers, {ril.num_teacher_generations // teachers} each) = {ril.batch_size * rows} responses",
+        f"  {ril.batch_size} questions x ({ril.num_generations} student + {ril.num_teacher_generations} teacher"
+        f" responses from {len(c.teachers)} teachers, {ril.num_teacher_generations // teachers} each)"
+        f" = {ril.batch_size * rows} responses",
         f"  {ril.batch_size // micro} micro-batches of {micro} questions; {ril.num_iterations} update(s) a batch (mu);"
         f" loss normaliser {rows} x {ril.batch_size} x {c.sampling.max_completion_length}"
         f" = {rows * ril.batch_size * c.sampling.max_completion_length}",
@@ -141,8 +143,8 @@ def _memory_lines(run: Run, label: str, total: int, trained: int) -> list[str]:
     sum_ = sum(parts.values())
     listed = ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
     return [
-        f"memory (estimate, without activations): {_bytes(sum_)} in all, {_bytes(sum_ / shards)} a device over {shards} "
-        f"shard(s): {listed}"
+        f"memory (estimate, without activations): {_bytes(sum_)} in all, {_bytes(sum_ / shards)} a device over "
+        f"{shards} shard(s): {listed}"
     ]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -78,7 +79,7 @@ class RewardModel:
         return Rewards(np.asarray(total, np.float32), parts, explanations)
 
 
-def parse_similarity(text: str) -> tuple[str, int | None]:
+def parse_similarity(text: str) -> tuple[Any, int | None]:
     """config.reward.similarity as (kind, levels). Raises InputError for anything unknown."""
     kind, _, count = text.partition("=")
     if kind in ("binary", "continuous", "score") and not count:
@@ -86,7 +87,7 @@ def parse_similarity(text: str) -> tuple[str, int | None]:
     if kind == "levels" and count.isdigit() and int(count) >= 2:
         return kind, int(count)
     raise InputError(
-        f"config.reward.similarity={text!r} is not known; use binary, continuous, score, or levels=K with K of 2 or more"
+        f"config.reward.similarity={text!r} is not known; use binary, continuous, score, or levels=K with K at least 2"
     )
 
 

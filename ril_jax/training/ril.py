@@ -5,7 +5,7 @@ The baselines are the same loop by config: Dr.GRPO and GRPO have no teacher rows
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,6 @@ from ril_jax.training.run import Run, Stopped
 from ril_jax.training.sft import not_finite
 from ril_jax.training.state import (
     TrainState,
-    abstract_state,
     init_state,
     make_optimizer,
     make_update,
@@ -107,7 +106,7 @@ class Ril:
         group = self.sample(step, questions, prompts, pi_old, features)
         metrics: dict[str, float] = {}
 
-        # Repeat mu times: update D on these responses (Eq. 1). Then reward all of them with the updated D and the judge.
+        # Repeat mu times: update D on these responses (Eq. 1). Then reward all with the updated D and the judge.
         logits = None
         if self.discriminator is not None:
             logits, d_metrics = self.discriminate(questions, group, mu)
@@ -206,7 +205,7 @@ class Ril:
         responses = run.buckets.pack_responses(group.tokens, batch=self.B, micro=self.micro)
         mask = responses.mask
         if c.mask_truncated_completions:
-            whole = np.ones(mask.shape[:3], bool)
+            whole: np.ndarray = np.ones(mask.shape[:3], bool)
             whole[:, :, : self.G] = group.finished.reshape(whole.shape[0], -1, self.G)
             mask = mask & whole[..., None]
         rows = sharding.put((prompts, responses, mask, split_micro(advantages, self.B // self.micro)), run.mesh)
@@ -388,7 +387,7 @@ def _policy_update(programs, optimizer, num_student, epsilon, epsilon_high, beta
         params = cast(params | frozen, programs.dtype)
         new, entropy = programs.logprobs(params, prompts, responses, features)
         rows, R = new.shape[0] * new.shape[1], new.shape[2]
-        flat = lambda a: None if a is None else a.reshape(rows, R)  # noqa: E731
+        flat: Callable[[Any], Any] = lambda a: None if a is None else a.reshape(rows, R)  # noqa: E731
         value, metrics = objectives.policy_loss(
             flat(new), flat(old), flat(ref), advantages.reshape(rows), flat(mask),
             epsilon=epsilon, epsilon_high=epsilon_high, beta=beta, normalizer=normalizer, loss_type=loss_type,

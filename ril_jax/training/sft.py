@@ -1,7 +1,7 @@
 """Stage 1, supervised fine-tuning, and the loop that it shares with the discriminator's pre-training.
 
-The targets of a question are its responses if the data set has any (all of them in one row that shares the prompt), else
-its solution.
+The targets of a question are its responses if the data set has any (all of them in one row that shares the prompt),
+else its solution.
 """
 
 from collections.abc import Callable, Sequence
@@ -112,9 +112,9 @@ def run_loop(
     for step in range(start + 1, settings.steps + 1):
         run.counter.cold() if step == start + 1 else None
         position = iterator.get_state()
-        state, values = update(state, shared, sharding.put(batch, run.mesh))
+        state, sums = update(state, shared, sharding.put(batch, run.mesh))
         ahead = pack(next(iterator)) if step < settings.steps else None  # while the device computes
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        values = {name: float(value) for name, value in jax.device_get(sums).items()}
         if not values.pop("finite"):
             raise not_finite(run, label, step, values, batch)
         metrics.write(step, values)

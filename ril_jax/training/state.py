@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
 def make_optimizer(settings: ConfigDict, *, learning_rate: float | None = None) -> optax.GradientTransformation:
     """AdamW after clipping by global norm; the learning rate goes linearly to its final value.
 
-    A `learning_rate` given here is constant (the RIL rates, ril_paper.md section 5).
+    A `learning_rate` given here is constant (the RIL rates).
     """
     if learning_rate is not None:
         schedule: Any = learning_rate
@@ -60,7 +60,8 @@ def abstract_state(params: Params, optimizer: optax.GradientTransformation, mesh
     shapes = jax.eval_shape(optimizer.init, params)
     opt = jax.tree.map(_with_sharding, shapes, opt_shardings(params, optimizer, mesh))
     abstract = {name: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for name, p in params.items()}
-    return TrainState(abstract, opt, _with_sharding(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated(mesh)))
+    step = _with_sharding(jax.ShapeDtypeStruct((), jnp.int32), sharding.replicated(mesh))
+    return TrainState(abstract, opt, step)  # type: ignore[arg-type]  # shapes where the state has arrays
 
 
 def opt_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:

@@ -1,8 +1,8 @@
 """Independent pieces of a stage in processes of their own, side by side on one machine.
 
-Networks of a few hundred thousand parameters do not fill two cores, so on CPU the embedded default trains its models, and runs
-its arms, one to a process with its share of the cores. A piece writes into its own folders of the workdir, and is skipped when
-it is done; so a killed run goes on where each piece was.
+Networks of a few hundred thousand parameters do not fill two cores, so on CPU the embedded default trains its models,
+and runs its arms, one to a process with its share of the cores. A piece writes into its own folders of the workdir, and
+is skipped when it is done; so a killed run goes on where each piece was.
 """
 
 import ctypes
@@ -31,7 +31,9 @@ def run_tasks(run: Run, tasks: Sequence[str], *, processes: int) -> None:
     config = run.workdir / "workers.json"
     write_atomically(config, run.config.to_json_best_effort().encode())
     shares = _core_shares(processes)
-    waiting, running, failed = list(tasks), {}, []
+    waiting = list(tasks)
+    running: dict[int, tuple[str, subprocess.Popen]] = {}
+    failed: list[tuple[str, int]] = []
     while waiting or running:
         for slot, cores in enumerate(shares):
             if slot not in running and waiting and not failed and not run.stop.should_stop():
@@ -105,7 +107,7 @@ def _start(workdir: Path, config: Path, task: str, share: list[int] | None) -> s
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
     command = [sys.executable, "-m", "ril_jax.training.workers", str(workdir), str(config), task]
-    return subprocess.Popen(command, preexec_fn=in_child)  # noqa: PLW1509 - nothing else runs in the child before exec
+    return subprocess.Popen(command, preexec_fn=in_child)  # nothing else runs in the child before exec
 
 
 if __name__ == "__main__":

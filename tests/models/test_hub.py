@@ -1,4 +1,4 @@
-"""Claims about checkpoints and configs: every layout in the wild loads, transformers reads what we write, bad ones speak."""
+"""Claims about checkpoints and configs: every layout in the wild loads, transformers reads ours, bad ones speak."""
 
 import json
 import re
