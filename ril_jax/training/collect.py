@@ -23,11 +23,17 @@ STUDENT = "student"
 
 
 def run_collect(run: Run) -> None:
-    """Sample everyone and write workdir/responses, the teacher data set with the student's responses beside them."""
+    """Sample everyone and write workdir/responses, the teacher data set with the student's responses beside them.
+
+    With config.data.teacher_data only the student is sampled, on the questions of that data set.
+    """
     questions = _questions(run)
-    models = [*run.config.teachers] + ([STUDENT] if run.config.collect.student else [])
+    teachers = [] if run.config.data.teacher_data else [*run.config.teachers]
+    models = teachers + ([STUDENT] if run.config.collect.student else [])
     if not models:
-        raise InputError("config.teachers is empty and config.collect.student is false; there is nothing to collect")
+        raise InputError(
+            "there is no teacher to sample and config.collect.student is false: there is nothing to collect"
+        )
     summary = {name: _collect_model(run, name, questions) for name in models}
     target = run.workdir / "responses"
     if not target.exists():
@@ -123,12 +129,13 @@ def _merged(run: Run, models: list[str], questions: list[Question]) -> Iterator[
     for start in range(0, len(questions), size):
         parts = {name: _read_part(run, name, start) for name in models}
         for q in questions[start : start + size]:
-            responses = tuple(Response(model=name, **r) for name in models for r in parts[name][q.id])
-            yield Question(q.id, q.prompt, q.images, q.solution, responses, q.extra)
+            before = [r for r in q.responses if r.model not in models]
+            sampled = [Response(model=name, **r) for name in models for r in parts[name][q.id]]
+            yield Question(q.id, q.prompt, q.images, q.solution, (*before, *sampled), q.extra)
 
 
 def _questions(run: Run) -> list[Question]:
-    source = run.dataset("questions")
+    source = run.dataset("teacher_data" if run.config.data.teacher_data else "questions")
     count = run.config.collect.num_questions or len(source)
     return [source[i] for i in range(min(count, len(source)))]
 
