@@ -177,7 +177,7 @@ BASE = Mixture(
 # The student after SFT answers tersely. The rare other manners are what its own samples can discover, and the size of
 # Dr.GRPO's gain hangs on their share: with 5 % of each, Dr.GRPO alone finds them.
 STUDENT_SFT = Mixture(_ALL, {"terse": 98.0, "tally": 1.0, "path": 1.0})
-# Two teachers with complementary strengths: each has its own manner, and has seen little of the other's subjects.
+# Two teachers with complementary strengths: each has its own manner; a has seen little of relations, b of counting.
 TEACHER_A = Mixture(
     {
         **{"caption": 2.0, "count": 1.5, "difference": 1.5, "most": 0.5, "relation": 0.15, "two_hop": 0.15},
