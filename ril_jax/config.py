@@ -166,8 +166,8 @@ def add_teacher(config: ConfigDict, name: str, checkpoint: str, **fields: Any) -
 def made_model(**fields: Any) -> ConfigDict:
     """One model of config.prepare.models, made in the workdir by the prepare stage.
 
-    `base`: name of the model that it goes on from, "" for a new one. `phases`: name -> what it learns, in order: the fields
-    of `training` and `mixture` (a name in data/synthetic.py), `num_examples`, `split`.
+    `base`: name of the model that it goes on from, "" for a new one. `phases`: name -> what it learns, in order: the
+    fields of `training` and `mixture` (a name in data/synthetic.py), `num_examples`, `split`.
     """
     c = ConfigDict()
     c.base = ""
@@ -226,7 +226,7 @@ def arm_config(config: ConfigDict, arm: str) -> ConfigDict:
 
 
 def validate(config: ConfigDict) -> None:
-    """Check what no single stage can: names, choices and numbers. Raises InputError that names the field and the mend."""
+    """Check what no single stage can: names, choices, numbers. Raises InputError that names the field and the mend."""
     for stage in stages(config):
         if stage not in STAGES:
             raise InputError(f"config.stages: {stage!r} is not known; known are {', '.join(STAGES)}")
@@ -250,7 +250,24 @@ def validate(config: ConfigDict) -> None:
             f"{len(config.teachers)} teachers"
         )
     for arm in arms(config):
-        arm_config(config, arm)
+        _validate_arm(arm, arm_config(config, arm), stages(config))
+
+
+def _validate_arm(arm: str, config: ConfigDict, stages: list[str]) -> None:
+    """What would end an arm only after hours of stages before it."""
+    wants = ["config.stages: 'discriminator'"] if "discriminator" in stages else []
+    if "ril" in stages and (config.ril.num_teacher_generations or config.discriminator.enabled):
+        wants.append(f"config.arms: {arm!r}")
+    if wants and not config.teachers and not config.data.teacher_data:
+        raise InputError(
+            f"{wants[-1]} needs responses of a teacher; name config.data.teacher_data, or add one with add_teacher"
+        )
+    judge = config.reward.judge
+    if "ril" in stages and judge.kind == "openai" and config.reward.answer_weight and not judge.base_url:
+        raise InputError(
+            "config.reward.judge.base_url is empty; name the judge's endpoint, such as http://host:8000/v1, or set "
+            "config.reward.judge.kind=rules"
+        )
 
 
 def stages(config: ConfigDict) -> list[str]:

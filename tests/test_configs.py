@@ -18,6 +18,7 @@ from ril_jax.training.batches import Buckets
 from ril_jax.training.state import abstract_state, make_optimizer, split_frozen
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+JUDGE = "reward.judge.base_url=http://judge:8000/v1"
 QWEN = [path for path in CONFIGS if path.name.startswith("qwen")]
 
 
@@ -47,7 +48,7 @@ RELEASED = {
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_is_valid_and_so_is_every_arm_of_it(path):
-    config = cli.load_config(str(path))
+    config = cli.load_config(str(path), [JUDGE])
     config_lib.validate(config)
     for arm in [*config_lib.ARMS, *(f"teacher_{name}" for name in config.teachers)]:
         config_lib.validate(config_lib.arm_config(config, arm))
@@ -84,19 +85,24 @@ def test_released_models_train_with_the_papers_values(path):
 
 @pytest.mark.parametrize("path", QWEN, ids=lambda path: path.stem)
 def test_cached_responses_stand_in_for_the_teacher(path):
-    config = cli.load_config(f"{path}:cached", ["data.teacher_data=data/teachers"])
+    config = cli.load_config(f"{path}:cached", ["data.teacher_data=data/teachers", JUDGE])
     config_lib.validate(config)
     assert not config.teachers
+    for arms in ("ril", "dr_grpo"):  # the second needs no teacher itself, but the discriminator stage does
+        with pytest.raises(InputError, match=r"needs responses of a teacher; name config\.data\.teacher_data"):
+            config_lib.validate(cli.load_config(f"{path}:cached", [JUDGE, f"arms={arms}"]))
+    config_lib.validate(cli.load_config(f"{path}:cached", [JUDGE, "arms=dr_grpo,grpo", "stages=sft,ril"]))
     with pytest.raises(InputError, match="'gpt' is not known"):
         cli.load_config(f"{path}:gpt")
 
 
 @pytest.mark.parametrize("path", QWEN, ids=lambda path: path.stem)
 def test_the_judges_address_is_all_that_its_settings_lack(path):
-    config = cli.load_config(str(path), ["reward.judge.base_url=http://judge:8000/v1", "reward.judge.cache_path="])
+    config = cli.load_config(str(path), [JUDGE, "reward.judge.cache_path="])
     assert isinstance(make_judge(config.reward.judge), OpenAIJudge)
-    with pytest.raises(InputError, match="base_url"):
-        make_judge(cli.load_config(str(path)).reward.judge)
+    with pytest.raises(InputError, match="base_url is empty"):  # before the first stage, not at the last one
+        config_lib.validate(cli.load_config(str(path)))
+    config_lib.validate(cli.load_config(str(path), ["stages=sft,collect"]))
 
 
 @pytest.mark.parametrize("path", QWEN, ids=lambda path: path.stem)
