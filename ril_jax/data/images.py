@@ -108,7 +108,7 @@ class PatchedImage:
 
     @property
     def patches(self) -> np.ndarray:
-        """[h*w, 3*frames*patch*patch] float32, each patch ordered (channel, time, row, column); made at every access."""
+        """[h*w, 3*frames*patch*patch] float32, each patch ordered (channel, time, row, column); made at each access."""
         if self.values is None:
             return self.source
         count, channels, size = self.source.shape

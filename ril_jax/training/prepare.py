@@ -43,7 +43,7 @@ def run_prepare(run: Run) -> None:
 
 
 class SyntheticSource(Sequence):
-    """Drawn examples as questions with responses in `manners`, or in the one manner that was drawn where there are none."""
+    """Drawn examples as questions with responses in `manners`, or where there are none, in the one that was drawn."""
 
     def __init__(self, examples: Sequence[synthetic.SyntheticExample], manners: Sequence[str] = ()):
         self.examples, self.manners = examples, manners
@@ -51,7 +51,7 @@ class SyntheticSource(Sequence):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Question:
+    def __getitem__(self, index: int) -> Question:  # type: ignore[override]  # one at a time, no slices
         return with_responses(self.examples[index], self.manners)
 
 
@@ -106,10 +106,10 @@ def make_model(run: Run, name: str) -> None:
     start = _new_folder(run, folder, name, settings) if not settings.base else folder / settings.base
     model = Pretrained.open(start)
     programs = run.make_programs(model, run.config.student)
+    shardings = sharding.param_shardings(model.network.specs, run.mesh)
     params = None
     for phase, training in settings.phases.items():
         examples = _mixture(training.mixture).draw(run.config.seed, training.num_examples, split=training.split)
-        shardings = sharding.param_shardings(model.network.specs, run.mesh)
         load = (
             (lambda p=params: p)
             if params is not None
