@@ -54,25 +54,27 @@ def decode_attention(q, k_new, v_new, prompt_k, prompt_v, prompt_valid, own_k, o
 
     Args:
       q: [B, G, N, H]; k_new, v_new: [B, G, K, H].
-      prompt_k, prompt_v: [B, P, K, H]; prompt_valid: [B, P] bool.
-      own_k, own_v: [B, G, R, K, H]; own_len: [] int, how many of R are written (the same for all samples).
+      prompt_k, prompt_v: [B, K, P, H]; prompt_valid: [B, P] bool.
+      own_k, own_v: [B, K, G, R, H]; own_len: [] int, how many of R are written (the same for all samples).
 
     Returns: [B, G, N, H].
     """
     B, G, N, H = q.shape
     K = k_new.shape[2]
-    P, R = prompt_k.shape[1], own_k.shape[2]
-    q = q.reshape(B, G, K, N // K, H) * (H**-0.5)
-    to_prompt = jnp.einsum("bgknh,bpkh->bgknp", q, prompt_k, preferred_element_type=jnp.float32)
-    to_own = jnp.einsum("bgknh,bgrkh->bgknr", q, own_k, preferred_element_type=jnp.float32)
-    to_self = jnp.einsum("bgknh,bgkh->bgkn", q, k_new, preferred_element_type=jnp.float32)[..., None]
+    P, R = prompt_k.shape[2], own_k.shape[3]
+    # Heads before samples: the order of the caches, so that only the one new token is ever transposed.
+    q = jnp.swapaxes(q.reshape(B, G, K, N // K, H) * (H**-0.5), 1, 2)
+    k_new, v_new = jnp.swapaxes(k_new, 1, 2), jnp.swapaxes(v_new, 1, 2)
+    to_prompt = jnp.einsum("bkgnh,bkph->bkgnp", q, prompt_k, preferred_element_type=jnp.float32)
+    to_own = jnp.einsum("bkgnh,bkgrh->bkgnr", q, own_k, preferred_element_type=jnp.float32)
+    to_self = jnp.einsum("bkgnh,bkgh->bkgn", q, k_new, preferred_element_type=jnp.float32)[..., None]
     to_prompt = jnp.where(prompt_valid[:, None, None, None, :], to_prompt, _MASKED)
     to_own = jnp.where(jnp.arange(R) < own_len, to_own, _MASKED)
     probs = _softmax(jnp.concatenate([to_prompt, to_own, to_self], axis=-1), v_new.dtype)
-    out = jnp.einsum("bgknp,bpkh->bgknh", probs[..., :P], prompt_v)
-    out = out + jnp.einsum("bgknr,bgrkh->bgknh", probs[..., P : P + R], own_v)
+    out = jnp.einsum("bkgnp,bkph->bkgnh", probs[..., :P], prompt_v)
+    out = out + jnp.einsum("bkgnr,bkgrh->bkgnh", probs[..., P : P + R], own_v)
     out = out + probs[..., -1:] * v_new[:, :, :, None, :]
-    return out.reshape(B, G, N, H)
+    return jnp.swapaxes(out, 1, 2).reshape(B, G, N, H)
 
 
 def segment_attention(q, k, v, index, slot):

@@ -81,6 +81,13 @@ def rotate(x, cos, sin):
     return x * cos[..., None, :] + turned * sin[..., None, :]
 
 
+def unstack(layers: nnx.Module) -> list[nnx.Module]:
+    """The layers of a stacked module one by one, for straight-line code; XLA copies each out of the stack."""
+    graphdef, state = nnx.split(layers)
+    count = jax.tree.leaves(state)[0].shape[0]
+    return [nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state)) for i in range(count)]
+
+
 def scan_layers(layers: nnx.Module, body, carry, xs=None, *, remat: str = "none", unroll: int | bool = 1):
     """Run `body(layer, carry, x) -> (carry, y)` over the stacked layers of a module.
 

@@ -111,15 +111,16 @@ class Qwen2(nnx.Module):
         x, cache = scan_layers(self.layers, lambda layer, x, _: layer(x, rope, attend), x, remat=remat, unroll=unroll)
         return self.norm(x), cache
 
-    def decode(self, x, positions, prompt_cache, prompt_valid, own_cache, own_len, *, unroll=1):
+    def decode(self, x, positions, prompt_cache, prompt_valid, own_cache, own_len, *, layers=None):
         """One token for every sample of every question.
 
         Args:
           x: [B, G, D]; positions: [B, G] (the three M-RoPE axes are equal after the prompt).
-          prompt_cache: (k, v) each [L, B, P, K, H]; prompt_valid: [B, P]; own_cache: (k, v) each [L, B, G, R, K, H].
+          prompt_cache: (k, v) each [L, B, K, P, H]; prompt_valid: [B, P]; own_cache: (k, v) each [L, B, K, G, R, H].
           own_len: [] int.
+          layers: the layers one by one (`layers.unstack`) instead of a scan over them; the caches are then lists of L.
 
-        Returns: (hidden [B, G, D], the new token's (k, v), each [L, B, G, K, H]).
+        Returns: (hidden [B, G, D], the new token's (k, v), each [L, B, K, G, H]).
         """
         rope = self.rope(positions, x.dtype)
 
@@ -127,11 +128,18 @@ class Qwen2(nnx.Module):
             (pk, pv), (ok, ov) = caches
 
             def attend(q, k, v):
-                return attention.decode_attention(q, k, v, pk, pv, prompt_valid, ok, ov, own_len), (k, v)
+                out = attention.decode_attention(q, k, v, pk, pv, prompt_valid, ok, ov, own_len)
+                return out, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
 
             return layer(x, rope, attend)
 
-        x, new = scan_layers(self.layers, body, x, (prompt_cache, own_cache), unroll=unroll)
+        if layers is None:
+            x, new = scan_layers(self.layers, body, x, (prompt_cache, own_cache))
+            return self.norm(x), new
+        new = []
+        for layer, *caches in zip(layers, prompt_cache, own_cache, strict=True):
+            x, written = body(layer, x, caches)
+            new.append(written)
         return self.norm(x), new
 
 

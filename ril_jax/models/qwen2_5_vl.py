@@ -13,7 +13,7 @@ from flax import nnx
 
 from ril_jax.models import attention
 from ril_jax.models.config import ModelConfig, QwenVisionConfig
-from ril_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
+from ril_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers, unstack
 from ril_jax.models.qwen2 import Qwen2
 
 
@@ -92,10 +92,8 @@ class VisionTower(nnx.Module):
 
         full = np.isin(np.arange(c.depth), c.fullatt_block_indexes)
         if unroll is True or c.depth <= 4:  # the kind of every block is known while tracing
-            graphdef, state = nnx.split(self.blocks)
-            for i in range(c.depth):
-                block = nnx.merge(graphdef, jax.tree.map(lambda a, i=i: a[i], state))
-                x = block(x, rope, frames if full[i] else windows)
+            for block, is_full in zip(unstack(self.blocks), full, strict=True):
+                x = block(x, rope, frames if is_full else windows)
         else:
 
             def body(block, x, is_full):

@@ -6,11 +6,12 @@ The decode loop runs on the device until every sample has ended.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ril_jax.models.layers import unstack
 from ril_jax.models.parameters import Network
 from ril_jax.sampling.logits import SamplingParams, choose_tokens
 
@@ -36,7 +37,8 @@ class Sampler:
     Attributes:
       network: a `Network` of `VisionLanguageModel`.
       eos_token_ids: any of these ends a sample. pad_token_id: fills what follows.
-      dtype: compute dtype. unroll: layers per scan step, True for straight-line code (fastest on CPU).
+      dtype: compute dtype. unroll: layers per scan step of the prefill; True gives straight-line code in prefill and
+        decode, fastest on CPU, at the price of a second copy of the layers' weights.
       token_limit: logits at and after this id are never sampled (a vocabulary padded beyond the tokenizer).
     """
 
@@ -86,6 +88,14 @@ class Sampler:
         hidden, prompt_cache = model.text.rows(
             x, batch.positions, batch.valid, prompt_len=P, keep_cache=True, unroll=self.unroll
         )
+        prompt_cache = jax.tree.map(lambda c: jnp.swapaxes(c, 2, 3), prompt_cache)  # [L, B, P, K, H] -> [L, B, K, P, H]
+        empty = jnp.zeros((L, B, K, G, R, H), self.dtype)
+        own_cache = (empty, empty)
+        layers = None
+        if self.unroll is True:
+            # Straight-line code: layers and caches are taken out of their stacks once, not in every step.
+            layers = unstack(model.text.layers)
+            prompt_cache, own_cache = ([(k[i], v[i]) for i in range(L)] for k, v in (prompt_cache, own_cache))
         sample_keys = jax.vmap(lambda key: jax.random.split(key, G))(keys)
         seen = None
         if sampling.repetition_penalty != 1.0:
@@ -96,10 +106,12 @@ class Sampler:
 
         def draw(hidden_bgd, t, seen):
             logits = model.text.logits(hidden_bgd)
+            # Of the raw model, rows beyond the tokenizer included, as in training.
+            normalised = jax.nn.log_softmax(logits)
             if self.token_limit is not None and self.token_limit < V:
                 logits = jnp.where(jnp.arange(V) < self.token_limit, logits, -jnp.inf)
             tokens = choose_tokens(logits, seen, sample_keys, t, sampling)
-            logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+            logprobs = jnp.take_along_axis(normalised, tokens[..., None], axis=-1)[..., 0]
             return tokens, logprobs
 
         class State(NamedTuple):
@@ -109,7 +121,7 @@ class Sampler:
             token_ids: jax.Array
             mask: jax.Array
             logprobs: jax.Array
-            cache: tuple[jax.Array, jax.Array]
+            cache: Any  # (k, v), stacked; a list of L such pairs where layers are unrolled
             seen: jax.Array | None
 
         def record(state: State, hidden_bgd):
@@ -135,16 +147,13 @@ class Sampler:
             at = state.t - 1
             positions = jnp.broadcast_to((batch.next_position + at)[:, None], (B, G))
             x = model.text.embed(state.token).astype(self.dtype)
-            hidden, new = model.text.decode(
-                x, positions, prompt_cache, batch.valid, state.cache, at, unroll=self.unroll
-            )
-            # One write a step for all layers; the caches are loop state, so XLA updates them in place.
+            hidden, new = model.text.decode(x, positions, prompt_cache, batch.valid, state.cache, at, layers=layers)
+            # The caches are loop state, so XLA updates them in place.
             cache = jax.tree.map(
-                lambda c, n: jax.lax.dynamic_update_slice(c, n[:, :, :, None], (0, 0, 0, at, 0, 0)), state.cache, new
+                lambda c, n: jax.lax.dynamic_update_index_in_dim(c, n, at, axis=c.ndim - 2), state.cache, new
             )
             return record(state._replace(cache=cache), hidden)
 
-        empty = jnp.zeros((L, B, G, R, K, H), self.dtype)
         state = State(
             t=jnp.int32(0),
             token=jnp.zeros((B, G), jnp.int32),
@@ -152,7 +161,7 @@ class Sampler:
             token_ids=jnp.full((B, G, R), self.pad_token_id, jnp.int32),
             mask=jnp.zeros((B, G, R), bool),
             logprobs=jnp.zeros((B, G, R), jnp.float32),
-            cache=(empty, empty),
+            cache=own_cache,
             seen=seen,
         )
         last = jnp.broadcast_to(hidden[:, -1:], (B, G, hidden.shape[-1]))

@@ -105,6 +105,13 @@ def test_greedy_equals_generate_token_for_token_and_stops_early(model):
     assert out.steps == lengths.max() < MAX_TOKENS  # and nothing runs after the last of them.
 
 
+def test_unrolled_layers_sample_the_same(model, drawn):
+    unrolled = Model(model.tiny, dataclasses.replace(model.sampler, unroll=True), model.params)
+    out = unrolled.sample(prompts_of(2), DRAWN, seed=3)
+    np.testing.assert_array_equal(out.token_ids, drawn.token_ids)
+    np.testing.assert_allclose(out.logprobs, drawn.logprobs, atol=1e-5, rtol=0)
+
+
 def test_greedy_with_a_repetition_penalty_equals_generate(model):
     prompts = prompts_of(1)
     penalised = SamplingParams(temperature=0.0, repetition_penalty=1.05)
