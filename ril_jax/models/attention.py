@@ -1,7 +1,7 @@
 """Attention by meaning: group rows (training and prefill), decode over a shared prompt cache, packed vision segments.
 
-These are the plain XLA forms, and the reference that any kernel is tested against. Query heads are kept as [K, N/K] so that
-key-value heads are never repeated. Scores and softmax are float32.
+These are the plain XLA forms, and the reference that any kernel is tested against. Query heads are kept as [K, N/K] so
+that key-value heads are never repeated. Scores and softmax are float32.
 """
 
 import jax
@@ -11,7 +11,7 @@ _MASKED = -1e30  # finite, so that a row with nothing to see gives a uniform ave
 
 
 def group_attention(q, k, v, valid, *, prompt_len: int, num_responses: int):
-    """Attention of rows `[prompt | response 1 | ... | response S]`: a token sees the prompt and its own response, causally.
+    """Attention of rows `[prompt | response 1 | ... | response S]`: a token sees prompt and own response, causally.
 
     Args:
       q: [B, T, N, H]; k, v: [B, T, K, H] with T = prompt_len + S * R, responses all R wide.

@@ -46,7 +46,7 @@ class DecoderLayers(nnx.Module):
 class Qwen2(nnx.Module):
     """Token embedding, decoder layers, final norm and head.
 
-    `head` is "vocab" (the language model), "scalar" (the discriminator's linear head d x 1, zero-initialised) or "none".
+    `head` is "vocab" (the language model), "scalar" (the discriminator's linear head d x 1, of zeros) or "none".
     """
 
     def __init__(self, config: TextConfig, *, head: str = "vocab"):
@@ -69,7 +69,7 @@ class Qwen2(nnx.Module):
         return self.embedding[...] if self.lm_head is None else self.lm_head[...]
 
     def logits(self, hidden):
-        """[..., D] -> [..., V] float32. For single positions; whole batches go through `objectives.chunked_logprobs`."""
+        """[..., D] -> [..., V] float32, for single positions; batches go through `objectives.chunked_logprobs`."""
         return jnp.einsum("...d,vd->...v", hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def rope(self, positions, dtype):

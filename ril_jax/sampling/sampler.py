@@ -1,7 +1,7 @@
 """Sampling a group of responses to every question of a batch, in one compiled program a bucket.
 
-The prompt with its image is encoded and prefilled once a question; its G samples attend to that one cache and to their own.
-The decode loop runs on the device until every sample has ended.
+The prompt with its image is encoded and prefilled once a question; its G samples attend to that one cache and to their
+own. The decode loop runs on the device until every sample has ended.
 """
 
 import dataclasses
@@ -17,10 +17,11 @@ from ril_jax.sampling.logits import SamplingParams, choose_tokens
 
 
 class Samples(NamedTuple):
-    """token_ids [B, G, R] int32 (pad after the end); mask [B, G, R] bool, true up to and including EOS;
+    """What was sampled.
 
-    logprobs [B, G, R] float32 of the raw model at temperature 1; finished [B, G] bool, ended by EOS; steps [] int32, decode
-    steps that were run.
+    token_ids [B, G, R] int32 (pad after the end); mask [B, G, R] bool, true up to and including EOS; logprobs [B, G, R]
+    float32 of the raw model at temperature 1; finished [B, G] bool, ended by EOS; steps [] int32, decode steps that
+    were run.
     """
 
     token_ids: jax.Array
@@ -53,7 +54,8 @@ class Sampler:
         """Sample G responses of at most R tokens to each of B prompts.
 
         Args:
-          params: of the network. batch: `packing.PromptBatch` (its images already encoded into `features`, [F, D] or None).
+          params: of the network. batch: `packing.PromptBatch` (its images already encoded into `features`, [F, D] or
+            None).
           keys: [B, 2] uint32, one PRNG key a question; the draws of a question depend on nothing else in the batch.
 
         Returns: `Samples`.
@@ -90,7 +92,7 @@ class Sampler:
         )
         prompt_cache = jax.tree.map(lambda c: jnp.swapaxes(c, 2, 3), prompt_cache)  # [L, B, P, K, H] -> [L, B, K, P, H]
         empty = jnp.zeros((L, B, K, G, R, H), self.dtype)
-        own_cache = (empty, empty)
+        own_cache: Any = (empty, empty)
         layers = None
         if self.unroll is True:
             # Straight-line code: layers and caches are taken out of their stacks once, not in every step.
