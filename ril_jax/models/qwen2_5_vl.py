@@ -1,7 +1,7 @@
 """Qwen2.5-VL: the windowed vision tower, the patch merger, and the decoder that reads text and image features.
 
-Contents are arrays: the images of a batch come as one patch buffer in window order, with index tables that were computed
-on the host (`data/packing.py`). No shape depends on the size of an image.
+Contents are arrays: the images of a batch come as one patch buffer in window order, with index tables that were
+computed on the host (`data/packing.py`). No shape depends on the size of an image.
 """
 
 from typing import NamedTuple

@@ -1,6 +1,6 @@
 """Rows `[prompt | response 1 | ... | response S]`: log-probabilities of the responses, with the prompt computed once.
 
-This is the group-shared form (architecture idea 4). With S = 1 it is the ordinary form that SFT uses.
+This is the group-shared form. With S = 1 it is the ordinary form that SFT uses.
 """
 
 from __future__ import annotations
