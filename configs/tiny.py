@@ -3,8 +3,8 @@
     python -m ril_jax.train --config=configs/tiny.py --workdir=runs/tiny
 
 The student answers tersely; teacher a marks cell after cell (good at counting and comparing), teacher b walks and reads
-off (good at relations and charts). All are real Qwen2.5-VL networks, and reach RIL the way the 72B ones do: as HF folders
-whose responses are collected offline.
+off (good at relations and charts). All are real Qwen2.5-VL networks, and reach RIL the way the 72B ones do: as HF
+folders whose responses are collected offline.
 """
 
 from ml_collections import ConfigDict
@@ -19,14 +19,15 @@ def get_config() -> ConfigDict:
     c.stages = "prepare,sft,collect,discriminator,ril"
     c.arms = "ril,dr_grpo,no_discriminator"
     c.workers = 2
+    c.xla_flags = "--xla_backend_optimization_level=1"  # halves the time to compile for a tenth of the speed
 
     c.prepare.num_sft, c.prepare.num_questions, c.prepare.num_eval = 2000, 1200, 1000
-    c.prepare.models.student = _model(hidden_size=48, num_heads=3, num_kv_heads=1)
-    c.prepare.models.student.phases.b_answer = _answer("BASE", steps=3000, manners=("tally", "path"))
-    c.prepare.models.teacher = _model(hidden_size=64, num_heads=4, num_kv_heads=2)
-    for name, mixture in (("a", "TEACHER_A"), ("b", "TEACHER_B")):
+    c.prepare.models.student = _model(hidden_size=64, num_heads=4, num_kv_heads=2)
+    c.prepare.models.student.phases.b_answer = _answer("BASE", steps=4000, manners=("tally", "path"))
+    c.prepare.models.teacher = _model(hidden_size=80, num_heads=5, num_kv_heads=5)
+    for name, mixture, steps in (("a", "TEACHER_A", 2200), ("b", "TEACHER_B", 1600)):
         teacher = c.prepare.models[f"teacher_{name}"] = made_model(base="teacher")
-        teacher.phases.b_answer = _answer(mixture, steps=2000)
+        teacher.phases.b_answer = _answer(mixture, steps=steps)
         add_teacher(c, name, "{workdir}/prepare/teacher_" + name, dtype="float32", remat="none")
 
     c.student.checkpoint = "{workdir}/prepare/student"
@@ -50,7 +51,7 @@ def get_config() -> ConfigDict:
     c.collect.batch_size = 100
     c.discriminator.update({"batch_size": BATCH, "steps": 60, "learning_rate": 3e-4, "final_learning_rate": 3e-4})
     c.discriminator.ril_learning_rate = 3e-5  # a seventh of the student's
-    c.discriminator.prompt_buckets = (96,)
+    c.discriminator.prompt_buckets = (64,)
     c.ril.update({"batch_size": BATCH, "steps": 300, "learning_rate": 2e-4, "final_learning_rate": 2e-4})
     c.eval.every, c.eval.batch_size = 100, 100
     c.checkpoint.every = 100

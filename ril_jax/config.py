@@ -20,6 +20,7 @@ def default_config() -> ConfigDict:
     c.stages = "sft,collect,discriminator,ril"  # what to run, in this order
     c.arms = "ril"  # variants of the ril stage, run one after the other: names of ARMS below, or teacher_<name>
     c.workers = 1  # processes side by side for made models and arms (CPU only); each gets its share of the cores
+    c.xla_flags = ""  # added to XLA_FLAGS before the first computation
     c.allow_config_change = False  # go on in a workdir that was made with another config
 
     c.student = _model()

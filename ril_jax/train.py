@@ -6,6 +6,7 @@ Started again in the same workdir it goes on where it was; a stage that is done 
 """
 
 import json
+import os
 import time
 from types import SimpleNamespace
 
@@ -24,6 +25,8 @@ def main(args: SimpleNamespace) -> int:
     started = time.monotonic()
     config, workdir = args.config, args.workdir
     workdir.mkdir(parents=True, exist_ok=True)
+    if config.xla_flags:  # read when the backend starts, here and in worker processes
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {config.xla_flags}".strip()
     if config.logging.compile_cache:
         enable_persistent_cache()
     with StopSignal() as stop:

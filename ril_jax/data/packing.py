@@ -153,7 +153,7 @@ def pack_images(images: Sequence[Patches], config: QwenVisionConfig, rung: Visio
     """One buffer of `rung.patches` rows in window order, with its index tables."""
     X, unit = rung.patches, config.merge_unit
     windows, window_patches = rung.window_shape(config)
-    patches = np.zeros((X, config.patch_dim), np.float32)
+    patches = np.empty((X, config.patch_dim), np.float32)
     positions = np.zeros((X, 2), np.int32)
     window_index = np.full((windows, window_patches), X, np.int32)
     window_slot = np.full((X,), window_index.size, np.int32)
@@ -165,7 +165,10 @@ def pack_images(images: Sequence[Patches], config: QwenVisionConfig, rung: Visio
         order, lengths, _ = window_order(height, width, config)
         n = height * width
         rows = slice(start, start + n)
-        patches[rows] = image.patches.reshape(-1, unit, config.patch_dim)[order].reshape(n, -1)
+        if len(lengths) == 1:  # one window is in order as it is
+            patches[rows] = image.patches
+        else:
+            patches[rows] = image.patches.reshape(-1, unit, config.patch_dim)[order].reshape(n, -1)
         positions[rows] = patch_positions(height, width, config.spatial_merge_size)[order].reshape(n, 2)
         frame_index[i, :n] = np.arange(start, start + n)
         frame_slot[rows] = i * rung.image_patches + np.arange(n)

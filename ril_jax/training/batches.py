@@ -90,6 +90,8 @@ class Buckets:
                 p._replace(feature_index=np.where(p.feature_index >= 0, p.feature_index + i * step, -1))
                 for i, p in enumerate(packed)
             ]
+        if len(packed) == 1:  # a view: the patches of all images are large
+            return jax.tree.map(lambda leaf: leaf[None], packed[0])
         return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
 
     def pack_responses(

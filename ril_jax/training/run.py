@@ -28,7 +28,7 @@ from ril_jax.training.programs import Programs
 from ril_jax.training.progress import StageTimer
 
 # Fields that may differ between two starts in one workdir: they say what to do and how to show it, not what comes out.
-_FREE_FIELDS = ("stages", "arms", "workers", "allow_config_change", "logging", "checkpoint", "mesh")
+_FREE_FIELDS = ("stages", "arms", "workers", "xla_flags", "allow_config_change", "logging", "checkpoint", "mesh")
 
 
 class Stopped(SystemExit):

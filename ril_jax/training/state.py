@@ -25,20 +25,50 @@ class TrainState(NamedTuple):
 def make_optimizer(settings: ConfigDict, *, learning_rate: float | None = None) -> optax.GradientTransformation:
     """AdamW after clipping by global norm; the learning rate goes linearly to its final value.
 
-    A `learning_rate` given here is constant (the RIL rates).
+    A `learning_rate` given here is constant (the RIL rates, ril_paper.md section 5).
     """
+    first, last = settings.learning_rate, settings.final_learning_rate
     if learning_rate is not None:
-        schedule: Any = learning_rate
-    else:
-        decay = max(settings.steps - settings.warmup_steps, 1)
-        schedule = optax.linear_schedule(settings.learning_rate, settings.final_learning_rate, decay)
-        if settings.warmup_steps:
-            warmup = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
-            schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
+        first = last = learning_rate
     return optax.chain(
         optax.clip_by_global_norm(settings.max_grad_norm),
-        optax.adamw(schedule, b1=settings.adam_b1, b2=settings.adam_b2, weight_decay=settings.weight_decay),
+        optax.scale_by_adam(b1=settings.adam_b1, b2=settings.adam_b2),
+        optax.add_decayed_weights(settings.weight_decay),
+        scale_by_linear_schedule(first, last, warmup=settings.warmup_steps, steps=settings.steps),
     )
+
+
+class LinearScheduleState(NamedTuple):
+    """Updates made, and the schedule itself; all are arrays of shape []."""
+
+    count: jax.Array
+    first: jax.Array
+    last: jax.Array
+    warmup: jax.Array
+    decay: jax.Array
+
+
+def scale_by_linear_schedule(first: float, last: float, *, warmup: int, steps: int) -> optax.GradientTransformation:
+    """Scale by minus the learning rate: linear warm-up to `first`, then linear to `last` at `steps`.
+
+    The schedule is state and not a constant of the program, so stages that differ in it share one compiled update.
+    """
+
+    def init(params):
+        del params
+        values = (first, last, warmup, max(steps - warmup, 1))
+        return LinearScheduleState(jnp.zeros((), jnp.int32), *(jnp.asarray(v, jnp.float32) for v in values))
+
+    def update(updates, state, params=None):
+        del params
+        done = state.count.astype(jnp.float32)
+        share = jnp.clip((done - state.warmup) / state.decay, 0.0, 1.0)
+        rate = (state.first + share * (state.last - state.first)) * jnp.where(
+            done < state.warmup, done / jnp.maximum(state.warmup, 1.0), 1.0
+        )
+        return jax.tree.map(lambda u: -rate * u, updates), state._replace(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
 
 
 def split_frozen(params: Params, *, train_vision: bool) -> tuple[Params, Params]:
