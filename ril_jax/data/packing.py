@@ -178,6 +178,7 @@ def pack_images(images: Sequence[Patches], config: QwenVisionConfig, rung: Visio
             window_slot[at : at + length] = w * window_patches + np.arange(length)
             at, w = at + length, w + 1
         start += n
+    patches[start:] = 0
     tables = (patches, positions, window_index, window_slot, frame_index, frame_slot)
     return VisionInputs(*tables)  # type: ignore[arg-type]  # on the host still; device arrays from the jitted call on
 
