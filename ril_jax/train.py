@@ -75,7 +75,7 @@ def _run_arms(run) -> None:
     if processes > 1:
         overview.announce(run, f"ril/{todo[0]}")
         with run.timer.stage("ril"):
-            workers.run_tasks(run, [f"ril:{arm}" for arm in todo], processes=processes)
+            workers.run_tasks(run, {f"ril:{arm}": lambda: True for arm in todo}, processes=processes)
         return
     for arm in todo:
         overview.announce(run, f"ril/{arm}")

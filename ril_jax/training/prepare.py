@@ -6,7 +6,7 @@ config.prepare.models. A model is trained from scratch, or on from another one, 
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -30,16 +30,22 @@ from ril_jax.training.state import fresh_params
 
 def run_prepare(run: Run) -> None:
     """Make what is missing under workdir/prepare; models that do not build on each other side by side."""
-    _write_data(run, run.workdir / "prepare" / "data")
-    tracks = _tracks(run.config.prepare.models)
-    processes = min(run.config.workers, workers.cores(), len(tracks))
+    folder, models = run.workdir / "prepare", run.config.prepare.models
+    _write_data(run, folder / "data")
+    chains = _chains(models)
+    processes = min(run.config.workers, workers.cores(), len(chains))
     if processes > 1:
-        workers.run_tasks(run, ["prepare:" + "+".join(track) for track in tracks], processes=processes)
+
+        def ready(chain: list[str]) -> Callable[[], bool]:
+            base = models[chain[0]].base
+            return lambda: not base or (folder / base / "config.json").exists()
+
+        workers.run_tasks(run, {"prepare:" + "+".join(chain): ready(chain) for chain in chains}, processes=processes)
     else:
-        for name in (name for track in tracks for name in track):
+        for name in (name for chain in chains for name in chain):
             run.stop_if_asked()
             make_model(run, name)
-    run.mark_done("prepare", {"models": list(run.config.prepare.models)})
+    run.mark_done("prepare", {"models": list(models)})
 
 
 class SyntheticSource(Sequence):
@@ -75,26 +81,31 @@ def _write_data(run: Run, folder: Path) -> None:
             write_dataset(folder / name, questions(), name=name)
 
 
-def _tracks(models: ConfigDict) -> list[list[str]]:
-    """Models in groups that do not need each other; in a group every model comes after its base. Longest work first."""
-    roots = [name for name, model in models.items() if not model.base]
-    tracks = [[root] for root in roots]
-    left = {name: model.base for name, model in models.items() if model.base}
+def _chains(models: ConfigDict) -> list[list[str]]:
+    """Models in chains, each on from the one before it; a chain may begin with a model whose base is in an earlier chain."""
+    chains: list[list[str]] = []
+    left = list(models)
     while left:
-        ready = [(name, track) for name, base in left.items() for track in tracks if base in track]
-        if not ready:
-            listed = ", ".join(f"{name} (base {base!r})" for name, base in left.items())
+        made = {name for chain in chains for name in chain}
+        starts = [name for name in left if not models[name].base or models[name].base in made]
+        if not starts:
+            listed = ", ".join(f"{name} (base {models[name].base!r})" for name in left)
             raise InputError(f"config.prepare.models: the base of {listed} is not among the models")
-        name, track = ready[0]
-        track.append(name)
-        del left[name]
-
-    def work(track: list[str]) -> int:
-        return sum(
-            p.steps * p.batch_size * models[name].hidden_size for name in track for p in models[name].phases.values()
+        # New models first: the work that others wait for, then the longest.
+        name = max(
+            starts, key=lambda n: (not models[n].base, sum(m.base == n for m in models.values()), _work(models[n]))
         )
+        chain = [name]
+        left.remove(name)
+        while heirs := [n for n in left if models[n].base == chain[-1]]:
+            chain.append(max(heirs, key=lambda n: _work(models[n])))
+            left.remove(chain[-1])
+        chains.append(chain)
+    return chains
 
-    return sorted(tracks, key=work, reverse=True)
+
+def _work(model: ConfigDict) -> int:
+    return sum(phase.steps * phase.batch_size * model.hidden_size for phase in model.phases.values())
 
 
 def make_model(run: Run, name: str) -> None:
@@ -159,7 +170,9 @@ def _new_folder(run: Run, folder: Path, name: str, settings: ConfigDict) -> Path
         "qwen2_5_vl", text, vision, vocab["<|image_pad|>"], vocab["<|video_pad|>"], vocab["<|vision_start|>"],
         vocab["<|vision_end|>"],
     )  # fmt: skip
-    raw = config.to_hf() | {"eos_token_id": vocab["<|im_end|>"], "pad_token_id": vocab["<|endoftext|>"]}
+    ends = {"bos_token_id": None, "eos_token_id": vocab["<|im_end|>"], "pad_token_id": vocab["<|endoftext|>"]}
+    raw = config.to_hf()
+    raw |= ends | {"text_config": raw["text_config"] | ends}
     (start / "config.json").write_text(json.dumps(raw, indent=2))
     network = make_network(config)
     params = fresh_params(network, int(np.uint32(run.config.seed)), run.mesh, scheme="fan_in")

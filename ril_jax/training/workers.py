@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -22,22 +22,22 @@ from ril_jax.training.metrics import write_atomically
 from ril_jax.training.run import Run, Stopped
 
 
-def run_tasks(run: Run, tasks: Sequence[str], *, processes: int) -> None:
-    """Run "prepare:NAME" and "ril:ARM" tasks in up to `processes` processes; a task starts when one is free.
+def run_tasks(run: Run, tasks: Mapping[str, Callable[[], bool]], *, processes: int) -> None:
+    """Run "prepare:NAME+NAME" and "ril:ARM" tasks in up to `processes` processes.
 
-    A signal to this process goes on to all of them, and they save themselves. Raises InputError where one fails, after
-    the others have ended; Stopped where the run was asked to stop.
+    A task starts when a process is free and its function says that what it builds on is there. A signal to this process
+    goes on to all of them, and they save themselves. Raises InputError where one fails, after the others have ended;
+    Stopped where the run was asked to stop.
     """
     config = run.workdir / "workers.json"
     write_atomically(config, run.config.to_json_best_effort().encode())
     shares = _core_shares(processes)
-    waiting = list(tasks)
-    running: dict[int, tuple[str, subprocess.Popen]] = {}
-    failed: list[tuple[str, int]] = []
+    waiting, running, failed = dict(tasks), {}, []
     while waiting or running:
         for slot, cores in enumerate(shares):
-            if slot not in running and waiting and not failed and not run.stop.should_stop():
-                task = waiting.pop(0)
+            task = next((name for name, ready in waiting.items() if ready()), None)
+            if slot not in running and task and not failed and not run.stop.should_stop():
+                del waiting[task]
                 running[slot] = (task, _start(run.workdir, config, task, cores))
         if run.stop.should_stop():
             waiting.clear()
@@ -60,7 +60,8 @@ def run_tasks(run: Run, tasks: Sequence[str], *, processes: int) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """One task in this process: WORKDIR CONFIG.json TASK."""
+    """One task in this process: WORKDIR CONFIG.json TASK CORES PARENT."""
+    _settle(argv[3], int(argv[4]))
     from ril_jax.compilation import enable_persistent_cache
     from ril_jax.training.checkpoints import StopSignal
     from ril_jax.training.prepare import make_model
@@ -100,14 +101,28 @@ def _core_shares(processes: int) -> list[list[int] | None]:
 
 
 def _start(workdir: Path, config: Path, task: str, share: list[int] | None) -> subprocess.Popen:
-    def in_child() -> None:
-        if share is not None:
-            os.sched_setaffinity(0, share)
-        if sys.platform == "linux":  # a worker whose parent is killed must not go on writing
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    listed = ",".join(map(str, share or []))
+    command = [
+        sys.executable,
+        "-m",
+        "ril_jax.training.workers",
+        str(workdir),
+        str(config),
+        task,
+        listed,
+        str(os.getpid()),
+    ]
+    return subprocess.Popen(command)
 
-    command = [sys.executable, "-m", "ril_jax.training.workers", str(workdir), str(config), task]
-    return subprocess.Popen(command, preexec_fn=in_child)  # nothing else runs in the child before exec
+
+def _settle(listed_cores: str, parent: int) -> None:
+    """Take this process's share of the cores, and tie its life to its parent's; before JAX starts its threads."""
+    if listed_cores:
+        os.sched_setaffinity(0, [int(core) for core in listed_cores.split(",")])
+    if sys.platform == "linux":  # a worker whose parent is killed must not go on writing
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
 
 
 if __name__ == "__main__":
