@@ -82,7 +82,7 @@ def _write_data(run: Run, folder: Path) -> None:
 
 
 def _chains(models: ConfigDict) -> list[list[str]]:
-    """Models in chains, each on from the one before it; a chain may begin with a model whose base is in an earlier chain."""
+    """Models in chains, each on from the one before; a chain may begin where an earlier one has been."""
     chains: list[list[str]] = []
     left = list(models)
     while left:
