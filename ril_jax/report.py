@@ -306,12 +306,13 @@ def _summary_section(summary: Mapping[str, Any], colors: Mapping[str, int]) -> s
     parts = []
     if arms:
         shown = {"accuracy", "interval"}
-        further = list(dict.fromkeys(key for row in arms.values() for key in row if key not in shown))
+        spread = {name: _spread(row) for name, row in arms.items()}
+        further = list(dict.fromkeys(key for row in spread.values() for key in row if key not in shown))
         head = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in ("arm", _ACCURACY, "", *further))
         rows = []
         for name, row in arms.items():
             cells = [_text(name), _text(_accuracy_words(row)), _accuracy_bar(row, colors.get(name, 0))]
-            cells += [_text(_value_words(row.get(key, ""))) for key in further]
+            cells += [_text(_value_words(spread[name].get(key, ""))) for key in further]
             rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
         parts.append(f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>')
     rest = {key: value for key, value in summary.items() if key != "arms"}
@@ -321,6 +322,14 @@ def _summary_section(summary: Mapping[str, Any], colors: Mapping[str, int]) -> s
         )
         parts.append(f"<dl>{items}</dl>")
     return f"<section><h2>Summary</h2>{''.join(parts)}</section>"
+
+
+def _spread(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with what its tables hold (accuracy by type) as columns of their own."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        flat |= value if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def _accuracy_words(row: Mapping[str, Any]) -> str:
