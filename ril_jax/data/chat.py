@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,9 @@ class ChatTokenizer:
         `min_pixels` and `max_pixels` replace the image processor's. Raises InputError for a folder without a usable
         tokenizer or chat template.
         """
+        # Advice for users of transformers' own models (PyTorch is missing, ids beyond a small vocabulary) is none here.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         from transformers import AutoTokenizer  # two seconds to import: only those pay who tokenize
 
         folder = Path(folder)
