@@ -41,7 +41,7 @@ def make_optimizer(settings: ConfigDict, *, learning_rate: float | None = None) 
 class LinearScheduleState(NamedTuple):
     """Updates made, and the schedule itself; all are arrays of shape []."""
 
-    count: jax.Array
+    done: jax.Array
     first: jax.Array
     last: jax.Array
     warmup: jax.Array
@@ -61,12 +61,12 @@ def scale_by_linear_schedule(first: float, last: float, *, warmup: int, steps: i
 
     def update(updates, state, params=None):
         del params
-        done = state.count.astype(jnp.float32)
+        done = state.done.astype(jnp.float32)
         share = jnp.clip((done - state.warmup) / state.decay, 0.0, 1.0)
         rate = (state.first + share * (state.last - state.first)) * jnp.where(
             done < state.warmup, done / jnp.maximum(state.warmup, 1.0), 1.0
         )
-        return jax.tree.map(lambda u: -rate * u, updates), state._replace(count=state.count + 1)
+        return jax.tree.map(lambda u: -rate * u, updates), state._replace(done=state.done + 1)
 
     return optax.GradientTransformation(init, update)
 

@@ -32,7 +32,9 @@ def run_tasks(run: Run, tasks: Mapping[str, Callable[[], bool]], *, processes: i
     config = run.workdir / "workers.json"
     write_atomically(config, run.config.to_json_best_effort().encode())
     shares = _core_shares(processes)
-    waiting, running, failed = dict(tasks), {}, []
+    waiting = dict(tasks)
+    running: dict[int, tuple[str, subprocess.Popen]] = {}
+    failed: list[tuple[str, int]] = []
     while waiting or running:
         for slot, cores in enumerate(shares):
             task = next((name for name, ready in waiting.items() if ready()), None)
