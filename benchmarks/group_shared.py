@@ -55,7 +55,7 @@ def loss(network, prompt_len, num_responses, params, token_ids, positions):
 
 
 def rows(prompts, responses):
-    """token_ids and positions [B, P + S * R] of prompts [B, P] and responses [B, S, R]; each response goes on from P."""
+    """token_ids and positions [B, P + S * R] of prompts [B, P], responses [B, S, R]; each response goes on from P."""
     (B, P), (_, S, R) = prompts.shape, responses.shape
     token_ids = np.concatenate([prompts, responses.reshape(B, S * R)], axis=1)
     positions = np.concatenate([np.arange(P), np.tile(P + np.arange(R), S)])
@@ -108,9 +108,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores, jax {jax.__version__}")
-    print(
-        "| size | tokens, shared | apart | shared, ms: median (min-max) | apart, ms | ratio of medians | minima | bound |"
-    )
+    print("| size | tokens, shared | apart | shared, ms: median (min-max) | apart, ms | medians | minima | bound |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for size in args.size or SIZES:
         print(measure(size, args.repeats), flush=True)
