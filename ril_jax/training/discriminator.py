@@ -13,10 +13,13 @@ from ml_collections import ConfigDict
 from ril_jax import objectives
 from ril_jax.data.packing import PromptBatch, ResponseBatch
 from ril_jax.data.records import Question
-from ril_jax.models.parameters import Params, cast
+from ril_jax.errors import InputError
+from ril_jax.models.parameters import Network, Params, cast
+from ril_jax.pretrained import Pretrained
 from ril_jax.rewards.discriminator import DiscriminatorPrompts, initial_params, make_discriminator
 from ril_jax.training.batches import Buckets
 from ril_jax.training.collect import STUDENT, response_dataset
+from ril_jax.training.programs import Programs
 from ril_jax.training.run import Run
 from ril_jax.training.sft import run_loop
 from ril_jax.training.state import abstract_state, make_optimizer, make_update, split_frozen
@@ -35,14 +38,14 @@ class Discriminator:
         self.prompts = DiscriminatorPrompts(
             run.student.chat, context=self.context, max_response=max(data.response_buckets)
         )
-        self.network = make_discriminator(run.student, context=self.context)
+        self.network = _network(run.student, self.context)
         self.buckets = Buckets(
             run.student.config,
             tuple(self.settings.prompt_buckets),
             tuple(r + self.prompts.extra for r in data.response_buckets),
             run.buckets.rungs,
         )
-        self.programs = _programs(run, self.network)
+        self.programs = _programs(run.programs, self.network)
 
     def initial(self, run: Run) -> tuple[Params, Params]:
         """(trained, frozen) parameters before any training: pi_init's weights with a zero head."""
@@ -73,8 +76,15 @@ def run_discriminator(run: Run) -> None:
 
     def encode(question: Question):
         generator = np.random.default_rng([config.seed, *question.id.encode()])
-        student = pick([r for r in question.responses if r.model == STUDENT], count, generator)
-        teacher = pick([r for r in question.responses if r.model != STUDENT], count, generator)
+        student = [r for r in question.responses if r.model == STUDENT]
+        teacher = [r for r in question.responses if r.model != STUDENT]
+        if not student or not teacher:
+            raise InputError(
+                f"question {question.id} has {len(student)} responses of the student and {len(teacher)} of teachers; "
+                "the discriminator learns from both: collect them with config.collect.student=True and a teacher, or "
+                "leave its stage out"
+            )
+        student, teacher = pick(student, count, generator), pick(teacher, count, generator)
         prompt = run.encoder(question)
         return discriminator.prompts.rows(question, prompt, [r.text for r in [*student, *teacher]])
 
@@ -107,9 +117,15 @@ def pick(responses: Sequence[Any], count: int, generator: np.random.Generator) -
     return [responses[i % len(responses)] for i in generator.permutation(count)]
 
 
+# Cached, so that the arms of a run share one network and what is compiled for it.
 @functools.cache
-def _programs(run: Run, network):
-    return dataclasses.replace(run.programs, network=network)
+def _network(student: Pretrained, context: str) -> Network:
+    return make_discriminator(student, context=context)
+
+
+@functools.cache
+def _programs(student: Programs, network: Network) -> Programs:
+    return dataclasses.replace(student, network=network)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ The baselines are the same loop by config: Dr.GRPO and GRPO have no teacher rows
 
 import functools
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -72,7 +73,7 @@ class Ril:
         self.micro = c.micro_batch_size or c.batch_size
         self.L = self.config.sampling.max_completion_length
         self.rewards = RewardModel(run, self.config)
-        self.optimizer = _optimizer(c.to_json())
+        self.optimizer = _optimizer(_optimizer_settings(c))
         pi_init = run.pi_init()
         params, self.frozen = split_frozen(pi_init, train_vision=c.train_vision)
         # pi_ref is the second copy of the weights that Eq. 2 asks for; in the compute dtype, and not at all without KL.
@@ -84,7 +85,7 @@ class Ril:
         state_d = None
         if self.discriminator is not None:
             d = self.config.discriminator
-            self.d_optimizer = _optimizer(d.to_json(), d.ril_learning_rate)
+            self.d_optimizer = _optimizer(_optimizer_settings(d), d.ril_learning_rate)
             params_d, self.d_frozen = discriminator_lib.pretrained_params(run, self.discriminator)
             state_d = init_state(params_d, self.d_optimizer, run.mesh)
         self.state = RilState(student, state_d)
@@ -99,7 +100,8 @@ class Ril:
         run, mu = self.run, self.config.ril.num_iterations
         prompts = run.buckets.pack_prompts([run.encoder(q) for q in questions], batch=self.B, micro=self.micro)
         pi_old = run.programs.cast(self.state.student.params | self.frozen)
-        features = run.programs.encode(pi_old, prompts.vision) if prompts.vision is not None else None
+        vision = prompts.vision
+        features = run.programs.encode(pi_old, vision) if vision is not None else None
         prompts = prompts._replace(vision=None)
 
         # Sample G student responses per question from pi_old; draw as many cached teacher responses.
@@ -109,7 +111,7 @@ class Ril:
         # Repeat mu times: update D on these responses (Eq. 1). Then reward all with the updated D and the judge.
         logits = None
         if self.discriminator is not None:
-            logits, d_metrics = self.discriminate(questions, group, mu)
+            logits, d_metrics = self.discriminate(step, questions, group, mu)
             metrics |= d_metrics
         group = self.without_extra_teachers(group)
         logits = None if logits is None else logits[:, : len(group.texts[0])]
@@ -117,7 +119,7 @@ class Ril:
         advantages = np.asarray(objectives.group_advantages(rewards.total, scale=self.config.ril.scale_rewards))
 
         # Repeat mu times: update pi on all of them (Eq. 2).
-        metrics |= self.update_policy(step, prompts, features, group, advantages)
+        metrics |= self.update_policy(step, prompts, vision, features, group, advantages)
         return metrics | self.group_metrics(group, rewards), group, rewards
 
     def sample(self, step: int, questions: Sequence[Question], prompts: PromptBatch, pi_old: Params, features) -> Group:
@@ -169,7 +171,9 @@ class Ril:
         cut = lambda rows: [row[:keep] for row in rows]  # noqa: E731
         return group._replace(tokens=cut(group.tokens), texts=cut(group.texts), models=cut(group.models))
 
-    def discriminate(self, questions: Sequence[Question], group: Group, mu: int) -> tuple[np.ndarray, dict[str, float]]:
+    def discriminate(
+        self, step: int, questions: Sequence[Question], group: Group, mu: int
+    ) -> tuple[np.ndarray, dict[str, float]]:
         """mu updates of D on the group (none if it is frozen), then the logits [B, S] of the updated D."""
         discriminator, run = self.discriminator, self.run
         assert discriminator is not None
@@ -187,10 +191,10 @@ class Ril:
             count = sharding.put(np.full((self.B // micro,), self.B // micro, np.float32), run.mesh)
             for _ in range(mu):
                 state, values = update(state, self.d_frozen, (*batch, count))
-            metrics = {f"discriminator/{name}": float(value) for name, value in jax.device_get(values).items()}
-            if not metrics.pop("discriminator/finite"):
-                values = {"loss": metrics["discriminator/loss"], "grad_norm": metrics["discriminator/grad_norm"]}
-                raise not_finite(run, f"ril/{self.arm}", int(state.step), values, batch)
+            values = {name: float(value) for name, value in jax.device_get(values).items()}
+            if not values.pop("finite"):
+                raise not_finite(run, f"ril/{self.arm}/discriminator", step, values, batch)
+            metrics = {f"discriminator/{name}": value for name, value in values.items()}
         logits = discriminator.logits(state.params, self.d_frozen, batch)
         self.state = self.state._replace(discriminator=state)
         logits = np.asarray(jax.device_get(logits)).reshape(self.B, -1)
@@ -199,7 +203,9 @@ class Ril:
             metrics["discriminator/accuracy"] = float(accuracy)
         return logits, metrics
 
-    def update_policy(self, step: int, prompts: PromptBatch, features, group: Group, advantages) -> dict[str, float]:
+    def update_policy(
+        self, step: int, prompts: PromptBatch, vision, features, group: Group, advantages
+    ) -> dict[str, float]:
         """mu updates of pi by Eq. 2 in the group-shared form."""
         run, c = self.run, self.config.ril
         responses = run.buckets.pack_responses(group.tokens, batch=self.B, micro=self.micro)
@@ -208,29 +214,45 @@ class Ril:
             whole: np.ndarray = np.ones(mask.shape[:3], bool)
             whole[:, :, : self.G] = group.finished.reshape(whole.shape[0], -1, self.G)
             mask = mask & whole[..., None]
-        rows = sharding.put((prompts, responses, mask, split_micro(advantages, self.B // self.micro)), run.mesh)
+        sampled: np.ndarray = np.zeros((self.B, self.G, mask.shape[-1]), np.float32)
+        width = min(self.L, mask.shape[-1])
+        sampled[..., :width] = group.sampled_logprobs[..., :width]
+        per_row = [split_micro(values, self.B // self.micro) for values in (sampled, advantages)]
+        rows = sharding.put((prompts, responses, mask, *per_row), run.mesh)
         prompts, responses = rows[:2]
         ref = old = None
         if self.pi_ref is not None:
-            ref, _ = run.programs.score(self.pi_ref, prompts, responses, features)
+            moved = c.train_vision and vision is not None  # then pi_ref sees with another tower than pi_old
+            seen = run.programs.encode(self.pi_ref, vision) if moved else features
+            ref, _ = run.programs.score(self.pi_ref, prompts, responses, seen)
         if c.num_iterations > 1:
             pi = self.state.student.params | self.frozen
             old, _ = run.programs.score(pi, prompts, responses, features)
+        tower = sharding.put(self.trained_tower(vision), run.mesh)
         normalizer = self.normalizer(mask.shape[0])
         student = self.state.student
         for _ in range(c.num_iterations):
-            student, values = self.update(student, (self.frozen, features), (*rows, old, ref, normalizer))
+            student, values = self.update(student, (self.frozen, features), (*rows, tower, old, ref, normalizer))
         self.state = self.state._replace(student=student)
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if not values.pop("finite"):
             raise not_finite(run, f"ril/{self.arm}", step, values, {"rows": rows, "advantages": advantages})
         tokens = max(values.pop("tokens"), 1.0)
         student_tokens = max(values.pop("student_tokens"), 1.0)
-        values["entropy"] /= student_tokens
+        for name in ("entropy", "sampling/logp_difference_mean"):
+            values[name] /= student_tokens
         for name in ("kl", "ratio_mean", "clip_ratio/low_mean", "clip_ratio/high_mean"):
             if name in values:
                 values[name] /= tokens
         return values | {"num_tokens": tokens}
+
+    def trained_tower(self, vision):
+        """What the update needs to encode the images itself, (images, first feature of each micro-batch), else None."""
+        if vision is None or not self.config.ril.train_vision:
+            return None
+        micro_batches, patches = vision.patches.shape[:2]
+        merge_unit = self.run.student.config.vision.merge_unit
+        return vision, np.arange(micro_batches, dtype=np.int32) * (patches // merge_unit)
 
     def normalizer(self, micro_batches: int) -> np.ndarray:
         """2G * B * L for Dr.GRPO, the number of rows for GRPO; one copy a micro-batch."""
@@ -307,11 +329,13 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
     steps = ril.config.ril.steps
     progress = Progress(label, steps, "steps", start=start)
     for step in range(start + 1, steps + 1):
-        batch = next(iterator)
+        batch, began = next(iterator), time.monotonic()
         try:
             values, group, rewards = ril.step(step, batch)
         except JudgeInterrupted:  # asked to stop while the judge was away: this step did not happen
             raise Stopped(run.stop.exit_status) from None
+        values["step_time"] = time.monotonic() - began
+        values["tokens_per_second"] = values["num_tokens"] / values["step_time"]
         if table.due(step):
             table.write(step, ril.sample_rows(batch, group, rewards))
         if held_out and config.eval.every and (step % config.eval.every == 0 and step < steps):
@@ -342,6 +366,10 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
     return result
 
 
+_OPTIMIZER_FIELDS = (
+    "steps", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm",
+    "adam_b1", "adam_b2",
+)  # fmt: skip
 _SHOWN = ("reward", "rewards/similarity/mean", "rewards/answer/mean", "kl", "eval/accuracy")
 
 
@@ -383,8 +411,13 @@ def _policy_update(programs, optimizer, num_student, epsilon, epsilon_high, beta
 
     def loss(params: Params, shared, micro):
         frozen, features = shared
-        prompts, responses, mask, advantages, old, ref, normalizer = micro
+        prompts, responses, mask, sampled, advantages, tower, old, ref, normalizer = micro
         params = cast(params | frozen, programs.dtype)
+        if tower is not None:
+            vision, first = tower
+            prompts = prompts._replace(feature_index=jnp.maximum(prompts.feature_index - first, -1))
+            model = programs.network.bind(params)
+            features = model.encode(vision, dtype=programs.dtype, remat=programs.remat, unroll=programs.unroll)
         new, entropy = programs.logprobs(params, prompts, responses, features)
         rows, R = new.shape[0] * new.shape[1], new.shape[2]
         flat: Callable[[Any], Any] = lambda a: None if a is None else a.reshape(rows, R)  # noqa: E731
@@ -397,9 +430,16 @@ def _policy_update(programs, optimizer, num_student, epsilon, epsilon_high, beta
         own = mask[:, :num_student]
         sums |= {"tokens": tokens, "student_tokens": jnp.sum(own, dtype=jnp.float32)}
         sums["entropy"] = jnp.sum(jnp.where(own, entropy[:, :num_student], 0.0))
+        apart = jnp.abs((new if old is None else old)[:, :num_student] - sampled)  # sampler and trainer, one model
+        sums["sampling/logp_difference_mean"] = jax.lax.stop_gradient(jnp.sum(jnp.where(own, apart, 0.0)))
         return value, sums
 
     return make_update(loss, optimizer)
+
+
+def _optimizer_settings(stage: ConfigDict) -> str:
+    """What `make_optimizer` reads, as JSON."""
+    return json.dumps({name: stage[name] for name in _OPTIMIZER_FIELDS})
 
 
 @functools.cache
