@@ -107,7 +107,8 @@ class Theirs:
 class Ours:
     """ril_jax's programs over the same folder."""
 
-    def __init__(self, dims: dict, prompts: list[Prompt], folder: Path):
+    def __init__(self, dims: dict, prompts: list[Prompt], folder: Path, unroll: int | bool):
+        self.unroll = unroll
         self.config = ModelConfig.from_folder(folder)
         self.network = Network(lambda: VisionLanguageModel(self.config))
         self.params = load_params(folder, self.network)
@@ -117,7 +118,7 @@ class Ours:
         count, size = len(prompts), min(window, patches)
         # The bucket of exactly these images, as a run over images of one size would configure it.
         self.rung = VisionRung(patches * count, count, patches, windows=patches * count // size, window_patches=size)
-        self.sampler = Sampler(self.network, eos_token_ids=(-1,), pad_token_id=0, unroll=True)
+        self.sampler = Sampler(self.network, eos_token_ids=(-1,), pad_token_id=0, unroll=self.unroll)
         self._forward = jax.jit(self._logits)
         self._backward = jax.jit(jax.value_and_grad(self._loss))
 
@@ -152,9 +153,9 @@ class Ours:
 
     def _hidden(self, params, batch):
         model = self.network.bind(params)
-        features = model.encode(batch.vision, dtype=jnp.float32, unroll=True)
+        features = model.encode(batch.vision, dtype=jnp.float32, unroll=self.unroll)
         x = model.embed(batch.token_ids, features, batch.feature_index, dtype=jnp.float32)
-        hidden, _ = model.text.rows(x, batch.positions, batch.valid, prompt_len=x.shape[1], unroll=True)
+        hidden, _ = model.text.rows(x, batch.positions, batch.valid, prompt_len=x.shape[1], unroll=self.unroll)
         return model.text, hidden
 
     def _logits(self, params, batch):
@@ -239,6 +240,7 @@ def main() -> None:
     parser.add_argument("--size", action="append", choices=("tiny", "small"))
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--layers", choices=("unrolled", "scanned"), default="unrolled", help="how ours are compiled")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     args = parser.parse_args()
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
@@ -252,7 +254,7 @@ def main() -> None:
         prompts = make_prompts(all_dims[size])
         with tempfile.TemporaryDirectory() as folder:
             theirs = Theirs(all_dims[size], prompts, Path(folder))
-            ours = Ours(all_dims[size], prompts, Path(folder))
+            ours = Ours(all_dims[size], prompts, Path(folder), args.layers == "unrolled" or 1)
         for part in args.part or PARTS:
             if part == "forward":
                 seconds = measure(ours.forward, theirs.forward, close(1e-3), args.repeats, clock)

@@ -51,8 +51,7 @@ class VisionBlocks(nnx.Module):
         )
 
     def __call__(self, x, rope, attend):
-        qkv = self.qkv(self.norm1(x))
-        q, k, v = qkv[:, 0], qkv[:, 1], qkv[:, 2]
+        q, k, v = (a[:, 0] for a in jnp.split(self.qkv(self.norm1(x)), 3, axis=1))
         q, k = (rotate(a.astype(jnp.float32), *rope).astype(a.dtype) for a in (q, k))
         x = x + self.proj(attend(q, k, v))
         return x + self.mlp(self.norm2(x))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ril_jax.models.layers import unstack
+from ril_jax.models.layers import unstack_for_few_rows
 from ril_jax.models.parameters import Network
 from ril_jax.sampling.logits import SamplingParams, choose_tokens
 
@@ -96,7 +96,7 @@ class Sampler:
         layers = None
         if self.unroll is True:
             # Straight-line code: layers and caches are taken out of their stacks once, not in every step.
-            layers = unstack(model.text.layers)
+            layers = unstack_for_few_rows(model.text.layers)
             prompt_cache, own_cache = ([(k[i], v[i]) for i in range(L)] for k, v in (prompt_cache, own_cache))
         sample_keys = jax.vmap(lambda key: jax.random.split(key, G))(keys)
         seen = None
