@@ -100,6 +100,7 @@ class Ril:
         run, mu = self.run, self.config.ril.num_iterations
         prompts = run.buckets.pack_prompts([run.encoder(q) for q in questions], batch=self.B, micro=self.micro)
         pi_old = run.programs.cast(self.state.student.params | self.frozen)
+        run.expect(f"ril/{self.arm}/sample", prompts)
         vision = prompts.vision
         features = run.programs.encode(pi_old, vision) if vision is not None else None
         prompts = prompts._replace(vision=None)
@@ -185,6 +186,7 @@ class Ril:
         micro = self.config.discriminator.micro_batch_size
         micro = micro if micro and self.B % micro == 0 else self.micro
         batch = sharding.put(discriminator.pack(rows, batch=self.B, micro=micro), run.mesh)
+        run.expect(f"ril/{self.arm}/discriminator", batch)
         state, metrics = self.state.discriminator, {}
         if not self.config.discriminator.frozen:
             update = discriminator.make_update(self.d_optimizer, self.G)
@@ -219,6 +221,7 @@ class Ril:
         sampled[..., :width] = group.sampled_logprobs[..., :width]
         per_row = [split_micro(values, self.B // self.micro) for values in (sampled, advantages)]
         rows = sharding.put((prompts, responses, mask, *per_row), run.mesh)
+        run.expect(f"ril/{self.arm}/update", rows, features)
         prompts, responses = rows[:2]
         ref = old = None
         if self.pi_ref is not None:
@@ -339,9 +342,10 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
         if table.due(step):
             table.write(step, ril.sample_rows(batch, group, rewards))
         if held_out and config.eval.every and (step % config.eval.every == 0 and step < steps):
-            with progress.pause("evaluation"):
+            with progress.pause("evaluation"), run.counter.expected():
                 result = evaluate(run, ril.state.student.params | ril.frozen, held_out, RulesJudge())
                 values["eval/accuracy"] = result["accuracy"]
+        run.counter.warm(label)
         metrics.write(step, values)
         progress.advance(1, {k: values[k] for k in _SHOWN if k in values})
         stopping = run.stop.should_stop()
@@ -352,6 +356,7 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
         if stopping and step < steps:
             checkpointer.close()
             raise Stopped(run.stop.exit_status)
+    run.counter.cold()
     checkpointer.close()
     metrics.close()
     params = ril.state.student.params | ril.frozen

@@ -45,6 +45,7 @@ class Run:
     stop: StopSignal
     counter: CompileCounter
     timer: StageTimer
+    _shapes: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)
 
     @classmethod
     def start(cls, config: ConfigDict, workdir: Path, stop: StopSignal) -> "Run":
@@ -140,6 +141,16 @@ class Run:
     def checkpointer(self, label: str) -> Checkpointer:
         c = self.config.checkpoint
         return Checkpointer(self.workdir / label / "checkpoints", keep=c.keep, every=c.every)
+
+    def expect(self, program: str, *arguments: Any) -> None:
+        """Announce a call on arrays of these shapes: where they are new, compiling for them is no surprise.
+
+        Loops mark the counter warm after every step, so any other compilation is reported.
+        """
+        key = (program, *((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(arguments)))
+        if key not in self._shapes:
+            self._shapes.add(key)
+            self.counter.cold()
 
     def is_done(self, label: str) -> bool:
         """Whether a stage (or an arm of it) has ended in this workdir."""

@@ -110,9 +110,10 @@ def run_loop(
     progress = Progress(label, settings.steps, "steps", start=start)
     batch = pack(next(iterator)) if start < settings.steps else None
     for step in range(start + 1, settings.steps + 1):
-        run.counter.cold() if step == start + 1 else None
         position = iterator.get_state()
+        run.expect(label, batch)
         state, sums = update(state, shared, sharding.put(batch, run.mesh))
+        run.counter.warm(label)
         ahead = pack(next(iterator)) if step < settings.steps else None  # while the device computes
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
         if not values.pop("finite"):
@@ -128,7 +129,7 @@ def run_loop(
         if stopping and step < settings.steps:
             checkpointer.close()
             raise Stopped(run.stop.exit_status)
-    run.counter.cold()
+    run.counter.cold()  # what follows is another stage's
     checkpointer.close()
     metrics.close()
     progress.close()
