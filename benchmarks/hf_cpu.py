@@ -34,7 +34,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from ril_jax.data.packing import VisionRung, pack_prompts
 from ril_jax.models.config import ModelConfig
-from ril_jax.models.hub import hub_name, load_params
+from ril_jax.models.hub import load_params
+from ril_jax.models.hub_names import hub_name
 from ril_jax.models.parameters import Network
 from ril_jax.models.qwen2_5_vl import VisionLanguageModel
 from ril_jax.objectives import chunked_logprobs, sft_loss

@@ -3,7 +3,6 @@
 import json
 import math
 import mmap
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ril_jax.errors import InputError
+from ril_jax.models.hub_names import hub_name
 from ril_jax.models.parameters import Network, Params, ParamSpec
 
 _DTYPES = {
@@ -22,24 +22,6 @@ _DTYPES = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
 }  # fmt: skip
-
-# From any layout in the wild to the hub's own; the first pattern that matches is used (hub names match none).
-_LAYOUTS = (
-    (re.compile(r"^model\.language_model\.(?=embed_tokens|layers|norm)"), "model."),
-    (re.compile(r"^language_model\.model\."), "model."),
-    (re.compile(r"^language_model\.(?=lm_head)"), ""),
-    (re.compile(r"^language_model\.(?=embed_tokens|layers|norm)"), "model."),
-    (re.compile(r"^model\.visual\."), "visual."),
-    (re.compile(r"^(?=embed_tokens\.|layers\.|norm\.)"), "model."),
-)
-
-
-def hub_name(key: str) -> str:
-    """The hub-layout name of a checkpoint key in any of the layouts that transformers has written."""
-    for pattern, replacement in _LAYOUTS:
-        if pattern.match(key):
-            return pattern.sub(replacement, key, count=1)
-    return key
 
 
 class SafetensorsFolder:

@@ -13,7 +13,8 @@ import torch
 from helpers import hf_models
 
 from ril_jax.data.packing import VisionRung, pack_prompts
-from ril_jax.models.hub import hub_name, load_params
+from ril_jax.models.hub import load_params
+from ril_jax.models.hub_names import hub_name
 from ril_jax.models.parameters import Network
 from ril_jax.models.qwen2_5_vl import VisionLanguageModel
 
