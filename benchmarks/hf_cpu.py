@@ -37,7 +37,7 @@ from ril_jax.models.config import ModelConfig
 from ril_jax.models.hub import load_params
 from ril_jax.models.hub_names import hub_name
 from ril_jax.models.parameters import Network
-from ril_jax.models.qwen2_5_vl import VisionLanguageModel
+from ril_jax.models.vlm import VisionLanguageModel
 from ril_jax.objectives import chunked_logprobs, sft_loss
 from ril_jax.sampling.logits import SamplingParams
 from ril_jax.sampling.sampler import Sampler

@@ -15,7 +15,7 @@ from ril_jax.data.chat import ChatTokenizer
 from ril_jax.models import hub
 from ril_jax.models.config import ModelConfig
 from ril_jax.models.parameters import Network, Params
-from ril_jax.models.qwen2_5_vl import VisionLanguageModel
+from ril_jax.models.vlm import VisionLanguageModel
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Attention by meaning: group rows (training and prefill), decode over a shared prompt cache, packed vision segments.
+"""Attention by meaning: group rows (training, prefill), decode over a shared prompt cache, vision tiles and segments.
 
 These are the plain XLA forms, and the reference that any kernel is tested against. Query heads are kept as [K, N/K] so
 that key-value heads are never repeated. Scores and softmax are float32.
@@ -75,6 +75,12 @@ def decode_attention(q, k_new, v_new, prompt_k, prompt_v, prompt_valid, own_k, o
     out = out + jnp.einsum("bkgnr,bkgrh->bkgnh", probs[..., P : P + R], own_v)
     out = out + probs[..., -1:] * v_new[:, :, :, None, :]
     return jnp.swapaxes(out, 1, 2).reshape(B, G, N, H)
+
+
+def full_attention(q, k, v):
+    """Every token of a row sees every other: [B, T, N, H] each -> [B, T, N, H]."""
+    scores = jnp.einsum("bmnh,btnh->bnmt", q * (q.shape[-1] ** -0.5), k, preferred_element_type=jnp.float32)
+    return jnp.einsum("bnmt,btnh->bmnh", _softmax(scores, v.dtype), v)
 
 
 def segment_attention(q, k, v, index, slot):

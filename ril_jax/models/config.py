@@ -49,7 +49,53 @@ class QwenVisionConfig:
 
     @property
     def merge_unit(self) -> int:
+        """Patches that make one feature."""
         return self.spatial_merge_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class InternVisionConfig:
+    """InternViT with its pixel shuffle and projector (HF `InternVLVisionConfig` and fields of `InternVLConfig`).
+
+    Attributes:
+      image_size: (height, width) in pixels that the position table is made for; tiles of another size interpolate it.
+      norm: "layer_norm" (300M) or "rms_norm" (6B), of the blocks.
+      qk_norm: whether queries and keys are normed, over their full width before the split into heads (6B).
+      downsample: patches along each axis that pixel shuffle makes one feature of.
+      out_hidden_size: width of the text decoder.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    out_hidden_size: int
+    norm: str
+    qkv_bias: bool
+    qk_norm: bool
+    image_size: tuple[int, int] = (448, 448)
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    downsample: int = 2
+
+    @property
+    def patch_dim(self) -> int:
+        return 3 * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that make one feature."""
+        return self.downsample**2
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the position table."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def tile_tokens(self, height: int, width: int) -> int:
+        """Features, and so placeholder tokens, of one tile of height x width pixels."""
+        step = self.patch_size * self.downsample
+        return (height // step) * (width // step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +103,13 @@ class ModelConfig:
     """A whole model: text decoder, and a vision tower unless it is text only.
 
     Attributes:
-      family: "qwen2_5_vl" or "qwen2".
+      family: "qwen2_5_vl", "qwen2" or "internvl".
       *_token_id: ids of the image and video placeholders and of the vision brackets; None for text-only models.
     """
 
     family: str
     text: TextConfig
-    vision: QwenVisionConfig | None = None
+    vision: QwenVisionConfig | InternVisionConfig | None = None
     image_token_id: int | None = None
     video_token_id: int | None = None
     vision_start_token_id: int | None = None

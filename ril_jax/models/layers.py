@@ -1,4 +1,4 @@
-"""Building blocks that the decoder and the vision towers share: linear maps, RMSNorm, SwiGLU, rotary embedding."""
+"""Building blocks that the decoder and the vision towers share: linear maps, norms, SwiGLU, rotary embedding."""
 
 import math
 
@@ -73,6 +73,21 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return self.weight[...].astype(x.dtype) * x32.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm, all of it in float32 (torch `LayerNorm`)."""
+
+    def __init__(self, dim: int, *, eps: float, hf: str, layers: int | None = None):
+        self.weight = param((dim,), ("norm",), hf=f"{hf}.weight", init="ones", layers=layers)
+        self.bias = param((dim,), ("norm",), hf=f"{hf}.bias", init="zeros", layers=layers)
+        self.eps = eps
+
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (self.weight[...].astype(jnp.float32) * x32 + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

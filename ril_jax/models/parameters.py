@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 Params = dict[str, jax.Array]
+_TABLES = {"vocab", "vision_positions"}  # axes whose rows are looked up, not summed over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +29,11 @@ class ParamSpec:
     Attributes:
       shape: our shape; a stacked parameter has the layers in front.
       axes: one logical axis name (or None) per dimension; `sharding.py` maps them to mesh axes.
-      init: "normal" (std 0.02 unless `scale`), "zeros" or "ones".
+      init: "normal" (std 0.02 unless `scale`), "zeros", "ones" or "constant" (`scale`).
       hf: name in the hub layout, with `{layer}` for stacked parameters; "" for parameters that no HF checkpoint has.
       hf_shape: shape of the tensor in the file (of one layer).
       hf_split, hf_perm: ours (of one layer) = tensor.reshape(hf_split).transpose(hf_perm).
-      scale: standard deviation of "normal".
+      scale: standard deviation of "normal", value of "constant".
     """
 
     shape: tuple[int, ...]
@@ -106,8 +107,8 @@ class Network:
     def init(self, key: jax.Array, dtype: Any = jnp.float32, *, scheme: str = "normal") -> Params:
         """Fresh parameters, each from its own key (by name, so that the order of definition does not matter).
 
-        scheme: "normal" is HF's, std 0.02 throughout; "fan_in" draws matrices with std 1/sqrt(inputs) and embeddings
-        with 0.1, without which a network of a few hundred thousand parameters takes long to learn to see.
+        scheme: "normal" is HF's, std 0.02 throughout; "fan_in" draws matrices with std 1/sqrt(inputs) and tables of
+        embeddings with 0.1, without which a network of a few hundred thousand parameters takes long to learn to see.
         """
         stds = {name: spec.scale if scheme == "normal" else _fan_in_std(spec) for name, spec in self.specs.items()}
         return {name: _init_one(spec, _named_key(key, name), dtype, stds[name]) for name, spec in self.specs.items()}
@@ -141,7 +142,7 @@ def hash_name(name: str) -> int:
 
 
 def _fan_in_std(spec: ParamSpec) -> float:
-    return 0.1 if "vocab" in spec.axes else math.prod(spec.hf_shape[1:]) ** -0.5
+    return 0.1 if _TABLES & set(spec.axes) else math.prod(spec.hf_shape[1:]) ** -0.5
 
 
 def _init_one(spec: ParamSpec, key: jax.Array, dtype: Any, std: float) -> jax.Array:
@@ -149,4 +150,6 @@ def _init_one(spec: ParamSpec, key: jax.Array, dtype: Any, std: float) -> jax.Ar
         return jnp.zeros(spec.shape, dtype)
     if spec.init == "ones":
         return jnp.ones(spec.shape, dtype)
+    if spec.init == "constant":
+        return jnp.full(spec.shape, spec.scale, dtype)
     return (jax.random.normal(key, spec.shape, jnp.float32) * std).astype(dtype)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: the windowed vision tower, the patch merger, and the decoder that reads text and image features.
+"""The vision tower of Qwen2.5-VL: windowed attention and the patch merger.
 
 Contents are arrays: the images of a batch come as one patch buffer in window order, with index tables that were
 computed on the host (`data/packing.py`). No shape depends on the size of an image.
@@ -12,9 +12,8 @@ import numpy as np
 from flax import nnx
 
 from ril_jax.models import attention
-from ril_jax.models.config import ModelConfig, QwenVisionConfig
+from ril_jax.models.config import QwenVisionConfig
 from ril_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers, unstack
-from ril_jax.models.qwen2 import Qwen2
 
 
 class VisionInputs(NamedTuple):
@@ -111,33 +110,3 @@ class VisionTower(nnx.Module):
         angles = (positions.astype(jnp.float32)[:, :, None] * inv).reshape(-1, half)
         angles = jnp.concatenate([angles, angles], axis=-1)
         return jnp.cos(angles), jnp.sin(angles)
-
-
-class VisionLanguageModel(nnx.Module):
-    """A decoder with or without a vision tower: what the stages and the sampler call.
-
-    `text` is the `Qwen2` decoder; `vision` the tower, None for text-only models.
-    """
-
-    def __init__(self, config: ModelConfig, *, head: str = "vocab", vision: bool = True):
-        self.config = config
-        self.text = Qwen2(config.text, head=head)
-        self.vision = VisionTower(config.vision) if vision and config.vision is not None else None
-
-    def encode(self, inputs: VisionInputs | None, *, dtype, remat: str = "none", unroll=1):
-        """Image features [X/4, D], or None where there are no images."""
-        if inputs is None or self.vision is None:
-            return None
-        return self.vision(inputs, dtype=dtype, remat=remat, unroll=unroll)
-
-    def embed(self, token_ids, features, feature_index, *, dtype):
-        """Token embeddings [B, T, D] with image features put in at the placeholders.
-
-        Args:
-          token_ids: [B, T]; features: [F, D] or None; feature_index: [B, T] row of `features`, -1 for text.
-        """
-        x = self.text.embed(token_ids).astype(dtype)
-        if features is None:
-            return x
-        rows = jnp.take(features, jnp.maximum(feature_index, 0), axis=0)
-        return jnp.where((feature_index >= 0)[..., None], rows.astype(dtype), x)

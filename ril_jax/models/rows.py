@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ril_jax import objectives
-from ril_jax.models.qwen2_5_vl import VisionLanguageModel
+from ril_jax.models.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:  # for the names of the arrays alone; data stands above models
     from ril_jax.data.packing import PromptBatch, ResponseBatch

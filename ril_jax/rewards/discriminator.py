@@ -15,7 +15,7 @@ from ril_jax import sharding
 from ril_jax.data.chat import ChatTokenizer, EncodedPrompt
 from ril_jax.data.records import Question, parse_messages
 from ril_jax.models.parameters import Network, Params
-from ril_jax.models.qwen2_5_vl import VisionLanguageModel
+from ril_jax.models.vlm import VisionLanguageModel
 from ril_jax.pretrained import Pretrained, make_network
 
 SYSTEM = (

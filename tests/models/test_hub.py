@@ -16,7 +16,7 @@ from ril_jax.errors import InputError
 from ril_jax.models.config import ModelConfig
 from ril_jax.models.hub import SafetensorsFolder, has_own_head, load_params, resolve, save_params
 from ril_jax.models.parameters import Network
-from ril_jax.models.qwen2_5_vl import VisionLanguageModel
+from ril_jax.models.vlm import VisionLanguageModel
 
 
 def network_of(config, **kwargs):

@@ -16,7 +16,7 @@ from ril_jax.data.packing import VisionRung, pack_prompts
 from ril_jax.models.hub import load_params
 from ril_jax.models.hub_names import hub_name
 from ril_jax.models.parameters import Network
-from ril_jax.models.qwen2_5_vl import VisionLanguageModel
+from ril_jax.models.vlm import VisionLanguageModel
 
 # Compiling is most of the time of the gradient tests, and XLA's own optimisations are not what they are about.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

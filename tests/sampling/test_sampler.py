@@ -20,7 +20,7 @@ from transformers import (
 from ril_jax.data.packing import VisionRung, pack_prompts
 from ril_jax.models.hub import load_params
 from ril_jax.models.parameters import Network
-from ril_jax.models.qwen2_5_vl import VisionLanguageModel
+from ril_jax.models.vlm import VisionLanguageModel
 from ril_jax.sampling.logits import SamplingParams, choose_tokens, filter_logits
 from ril_jax.sampling.sampler import Sampler
 
