@@ -62,7 +62,7 @@ def save_folder(folder: str | Path, source: Pretrained, params: Any, *, network:
     folder = target.with_name(f".{target.name}.incomplete")
     if folder.exists():
         shutil.rmtree(folder)
-    hub.save_params(folder, network or source.network, params)
+    hub.save_params(folder, network or source.network, params, family=source.config.family)
     original = json.loads((source.folder / "config.json").read_text())
     # The original's spelling is kept, so that whatever read the checkpoint before reads this one too.
     original["tie_word_embeddings"] = source.config.text.tie_word_embeddings

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ril_jax.errors import InputError
-from ril_jax.models.hub_names import hub_name
+from ril_jax.models.hub_names import export_name, hub_names
 from ril_jax.models.parameters import Network, Params, ParamSpec
 
 _DTYPES = {
@@ -39,7 +39,11 @@ class SafetensorsFolder:
                 if entry["dtype"] not in _DTYPES:
                     raise InputError(f"{path}: tensor {key} has dtype {entry['dtype']}, which is not supported")
                 dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-                self._entries[hub_name(key)] = (path, dtype, shape, start + entry["data_offsets"][0])
+                names, (begin, stop) = hub_names(key), entry["data_offsets"]
+                if len(names) > 1:  # parts of the rows, and so of the bytes
+                    shape = (shape[0] // len(names), *shape[1:])
+                for i, name in enumerate(names):
+                    self._entries[name] = (path, dtype, shape, start + begin + i * (stop - begin) // len(names))
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -100,8 +104,15 @@ def has_own_head(folder: str | Path) -> bool:
     return "lm_head.weight" in SafetensorsFolder(folder)
 
 
-def save_params(folder: str | Path, network: Network, params: Mapping[str, Any], *, max_shard_bytes: int = 5 * 10**9):
-    """Write the parameters in the hub layout, in shards with an index where one file would be too large."""
+def save_params(
+    folder: str | Path,
+    network: Network,
+    params: Mapping[str, Any],
+    *,
+    family: str = "qwen2_5_vl",
+    max_shard_bytes: int = 5 * 10**9,
+):
+    """Write the parameters in the family's hub layout, in shards with an index where one file would be too large."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sizes = []
@@ -125,7 +136,7 @@ def save_params(folder: str | Path, network: Network, params: Mapping[str, Any],
         tensors = {}
         for name, layer in shard:
             spec, value = network.specs[name], params[name]
-            key = spec.hf if layer is None else spec.hf.format(layer=layer)
+            key = export_name(spec.hf if layer is None else spec.hf.format(layer=layer), family)
             tensors[key] = spec.to_hf(np.asarray(value if layer is None else value[layer]))
             weight_map[key] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
