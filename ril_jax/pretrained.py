@@ -64,7 +64,10 @@ def save_folder(folder: str | Path, source: Pretrained, params: Any, *, network:
         shutil.rmtree(folder)
     hub.save_params(folder, network or source.network, params, family=source.config.family)
     original = json.loads((source.folder / "config.json").read_text())
-    # The original's spelling is kept, so that whatever read the checkpoint before reads this one too.
+    if original["model_type"] == "internvl_chat":  # OpenGVLab's form, and these are not its names any more
+        original = source.config.to_hf() | {"dtype": None}
+        original["text_config"]["eos_token_id"] = source.chat.end_of_turn_token_id
+    # Otherwise the original's spelling is kept, so that whatever read the checkpoint before reads this one too.
     original["tie_word_embeddings"] = source.config.text.tie_word_embeddings
     dtype = str(next(iter(params.values())).dtype)
     for key in ("torch_dtype", "dtype"):

@@ -72,15 +72,23 @@ class Qwen2(nnx.Module):
         """[..., D] -> [..., V] float32, for single positions; batches go through `objectives.chunked_logprobs`."""
         return jnp.einsum("...d,vd->...v", hidden, self.head().astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def rope(self, positions, dtype):
+    def rope(self, positions, dtype, lengths=None):
         """cos, sin [B, T, H] of positions [B, T] (1-D rotary) or [3, B, T] (M-RoPE: time, height, width).
 
-        Computed in float32, then cast to the activations' dtype as HF does (`Qwen2_5_VLRotaryEmbedding`).
+        `lengths` [B, T]: how long the text was once each token had entered it, which dynamic NTK scaling goes by (HF
+        `_compute_dynamic_ntk_parameters`); None for tokens that enter one by one, as in decoding. Computed in float32,
+        then cast to the activations' dtype as HF does (`Qwen2_5_VLRotaryEmbedding`).
         """
         c = self.config
         inv = jnp.asarray(
             1.0 / c.rope_theta ** (np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim), jnp.float32
         )
+        if c.rope_dynamic_factor is not None:
+            # theta * s ** (H / (H - 2)) in place of theta, with s = 1 up to the length of pre-training.
+            factor = c.rope_dynamic_factor
+            lengths = (positions if positions.ndim == 2 else positions[0]) + 1 if lengths is None else lengths
+            stretch = jnp.maximum(factor * lengths / c.max_position_embeddings - (factor - 1), 1.0)
+            inv = inv * stretch[..., None] ** (-np.arange(0, c.head_dim, 2, dtype=np.float32) / (c.head_dim - 2))
         if positions.ndim == 2:
             angles = positions.astype(jnp.float32)[..., None] * inv
         elif c.mrope_section is None:
@@ -102,7 +110,7 @@ class Qwen2(nnx.Module):
 
         Returns: (hidden [B, T, D], cache or None).
         """
-        rope = self.rope(positions, x.dtype)
+        rope = self.rope(positions, x.dtype, _row_lengths(positions, valid, prompt_len))
 
         def attend(q, k, v):
             out = attention.group_attention(q, k, v, valid, prompt_len=prompt_len, num_responses=num_responses)
@@ -141,6 +149,17 @@ class Qwen2(nnx.Module):
             x, written = body(layer, x, caches)
             new.append(written)
         return self.norm(x), new
+
+
+def _row_lengths(positions, valid, prompt_len: int):
+    """How long the text was once each token of `[prompt | response 1 | ...]` had entered it, int [B, T].
+
+    A prompt enters as a whole and a response token by token, as in sampling: a row's log-probabilities are those of its
+    samples, whatever else the row holds.
+    """
+    positions = positions if positions.ndim == 2 else positions[0]
+    prompt = jnp.max(jnp.where(valid, positions, 0)[:, :prompt_len], axis=1, keepdims=True) + 1
+    return jnp.where(jnp.arange(positions.shape[1]) < prompt_len, prompt, positions + 1)
 
 
 def last_hidden(hidden, last):

@@ -1,5 +1,7 @@
 """A whole model: the text decoder, and the vision tower of its family unless it is text only."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,7 +26,8 @@ class VisionLanguageModel(nnx.Module):
         """Image features [F, D] in the order of the buffer, or None where there are no images."""
         if inputs is None or self.vision is None:
             return None
-        return self.vision(inputs, dtype=dtype, remat=remat, unroll=unroll)
+        inputs_of_family: Any = inputs
+        return self.vision(inputs_of_family, dtype=dtype, remat=remat, unroll=unroll)
 
     def embed(self, token_ids, features, feature_index, *, dtype):
         """Token embeddings [B, T, D] with image features put in at the placeholders.
