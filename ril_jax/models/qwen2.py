@@ -84,10 +84,10 @@ class Qwen2(nnx.Module):
             1.0 / c.rope_theta ** (np.arange(0, c.head_dim, 2, dtype=np.float32) / c.head_dim), jnp.float32
         )
         if c.rope_dynamic_factor is not None:
-            # theta * s ** (H / (H - 2)) in place of theta, with s = 1 up to the length of pre-training.
-            factor = c.rope_dynamic_factor
+            # theta * s ** (H / (H - 2)) in place of theta, with s exactly 1 up to the length of pre-training.
             lengths = (positions if positions.ndim == 2 else positions[0]) + 1 if lengths is None else lengths
-            stretch = jnp.maximum(factor * lengths / c.max_position_embeddings - (factor - 1), 1.0)
+            beyond = jnp.maximum(lengths - c.max_position_embeddings, 0)
+            stretch = 1.0 + c.rope_dynamic_factor / c.max_position_embeddings * beyond
             inv = inv * stretch[..., None] ** (-np.arange(0, c.head_dim, 2, dtype=np.float32) / (c.head_dim - 2))
         if positions.ndim == 2:
             angles = positions.astype(jnp.float32)[..., None] * inv

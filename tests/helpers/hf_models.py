@@ -30,13 +30,18 @@ class Image:
     patches: np.ndarray
     grid: tuple[int, int, int]
 
+    @property
+    def pixels(self) -> np.ndarray:
+        """What transformers calls `pixel_values`."""
+        return self.patches
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
     """Token ids and images in the form of `chat.EncodedPrompt`."""
 
     token_ids: np.ndarray
-    images: tuple[Image, ...] = ()
+    images: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,7 @@ def save_qwen2_5_vl(folder: Path, *, text: dict | None = None, vision: dict | No
         vision_start_token_id=VISION_START, vision_end_token_id=VISION_END, tie_word_embeddings=tie,
         bos_token_id=PAD, eos_token_id=EOS,
     )  # fmt: skip
-    return _save(Qwen2_5_VLForConditionalGeneration, config, folder, seed)
+    return save(Qwen2_5_VLForConditionalGeneration, config, folder, seed)
 
 
 def save_qwen2(folder: Path, *, tie: bool = False, seed: int = 0, **fields: Any) -> TinyModel:
@@ -89,7 +94,7 @@ def save_qwen2(folder: Path, *, tie: bool = False, seed: int = 0, **fields: Any)
         num_key_value_heads=2, rms_norm_eps=1e-6, max_position_embeddings=512, tie_word_embeddings=tie,
         bos_token_id=PAD, eos_token_id=EOS, rope_parameters=dict(rope_type="default", rope_theta=1e6),
     ) | fields  # fmt: skip
-    return _save(Qwen2ForCausalLM, Qwen2Config(**fields), folder, seed)
+    return save(Qwen2ForCausalLM, Qwen2Config(**fields), folder, seed)
 
 
 def inputs(*prompts: Prompt) -> dict[str, torch.Tensor]:
@@ -103,8 +108,9 @@ def inputs(*prompts: Prompt) -> dict[str, torch.Tensor]:
     out = {"input_ids": ids, "attention_mask": mask}
     images = [im for p in prompts for im in p.images]
     if images:
-        out["pixel_values"] = torch.tensor(np.concatenate([im.patches for im in images]))
-        out["image_grid_thw"] = torch.tensor([im.grid for im in images])
+        out["pixel_values"] = torch.tensor(np.concatenate([im.pixels for im in images]))
+        if isinstance(images[0], Image):
+            out["image_grid_thw"] = torch.tensor([im.grid for im in images])
     return out
 
 
@@ -131,7 +137,8 @@ def _with_types(hf: Any, kwargs: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {**kwargs, "mm_token_type_ids": (kwargs["input_ids"] == IMAGE).long()}
 
 
-def _save(make: type, config: Any, folder: Path, seed: int) -> TinyModel:
+def save(make: type, config: Any, folder: Path, seed: int) -> TinyModel:
+    """A random model of `config`, and the folder it is saved in."""
     # Larger weights than transformers' 0.02: logits of scale 3, so that greedy tokens vary and errors show.
     generator = torch.Generator().manual_seed(seed)
     model = make(config).eval()
@@ -140,7 +147,7 @@ def _save(make: type, config: Any, folder: Path, seed: int) -> TinyModel:
             scale, mean = (0.15, 0.0) if parameter.ndim > 1 else (0.1, 0.0)
             parameter.normal_(mean, scale, generator=generator)
         for name, parameter in model.named_parameters():
-            if "norm" in name or "ln_q" in name:
+            if "norm" in name or "ln_q" in name or "lambda" in name:
                 parameter += 1.0
     model.save_pretrained(folder)
     return TinyModel(model, Path(folder), ModelConfig.from_folder(folder))
