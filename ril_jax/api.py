@@ -22,9 +22,9 @@ from jax.sharding import Mesh
 from ril_jax import sharding
 from ril_jax.data.chat import EncodedPrompt
 from ril_jax.data.images import decode_image
-from ril_jax.data.packing import PromptBatch, VisionRung, pack_prompts, pack_responses, window_order
+from ril_jax.data.packing import PromptBatch, Rung, TileRung, VisionRung, pack_prompts, pack_responses, window_order
 from ril_jax.errors import InputError
-from ril_jax.models.config import ModelConfig
+from ril_jax.models.config import InternVisionConfig, ModelConfig
 from ril_jax.models.parameters import Params
 from ril_jax.models.rows import response_logprobs
 from ril_jax.pretrained import Pretrained
@@ -76,13 +76,15 @@ def load(
     *,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    max_tiles: int | None = None,
 ) -> "Model":
-    """Load a Hugging Face folder or hub id of Qwen2.5-VL or Qwen2.5 (text only).
+    """Load a Hugging Face folder or hub id of Qwen2.5-VL, InternVL3 or Qwen2.5 (text only).
 
     Args:
       dtype: "bfloat16", "float32" or "float16", of weights and computation.
       mesh: with axes data, fsdp and tensor (`sharding.make_mesh`); by default the weights are spread over all devices.
-      min_pixels, max_pixels: replace the image processor's; a lower max_pixels makes images take fewer tokens.
+      min_pixels, max_pixels: replace those of Qwen2.5-VL's image processor; a lower max_pixels makes images take fewer
+        tokens. max_tiles does the same for InternVL3; its thumbnail is not counted.
 
     Raises InputError where the folder, a file in it, or an argument cannot be used.
     """
@@ -91,7 +93,7 @@ def load(
         raise InputError(f"dtype {name!r} is not supported; use one of {', '.join(_DTYPES)}")
     if mesh is not None and not {"data", "fsdp", "tensor"} <= set(mesh.axis_names):
         raise InputError(f"mesh has the axes {mesh.axis_names}; make it with ril_jax.sharding.make_mesh")
-    pretrained = Pretrained.open(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels)
+    pretrained = Pretrained.open(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, max_tiles=max_tiles)
     mesh = mesh or sharding.make_mesh()
     return Model(pretrained, pretrained.load_params(mesh, dtype=jnp.dtype(name)), jnp.dtype(name), mesh)
 
@@ -270,20 +272,30 @@ def _split(
         wider = [*chunk, row]
         width = _power_of_two(len(prompts[wider[0]].token_ids), _MIN_PROMPT)
         rung = _rung([prompts[i] for i in wider], config)
-        seen = 0 if rung is None else rung.images * rung.image_patches**2
-        if chunk and not (fits(_power_of_two(len(wider)), width) and seen <= _MAX_SCORES):
+        if chunk and not (fits(_power_of_two(len(wider)), width) and _scores(rung) <= _MAX_SCORES):
             yield chunk
             wider = [row]
         chunk = wider
     yield chunk
 
 
-def _rung(prompts: Sequence[EncodedPrompt], config: ModelConfig) -> VisionRung | None:
+def _scores(rung: Rung | None) -> int:
+    """Attention scores a head of the images in a layer that attends to whole images."""
+    if rung is None:
+        return 0
+    if isinstance(rung, TileRung):
+        return rung.tiles * rung.tile_patches**2
+    return rung.images * rung.image_patches**2
+
+
+def _rung(prompts: Sequence[EncodedPrompt], config: ModelConfig) -> Rung | None:
     """The image buffer for these prompts, every size a power of two; None without images."""
     images = [image for prompt in prompts for image in prompt.images]
     if not images:
         return None
     assert config.vision is not None  # text-only models refuse images when they are encoded
+    if isinstance(config.vision, InternVisionConfig):
+        return TileRung(_power_of_two(sum(image.grid[0] for image in images)), math.prod(images[0].grid[1:]))
     sizes = [math.prod(image.grid) for image in images]
     windows = sum(len(window_order(image.grid[1], image.grid[2], config.vision)[1]) for image in images)
     patches = _power_of_two(sum(sizes), _MIN_PATCHES)

@@ -44,8 +44,10 @@ def default_config() -> ConfigDict:
         1024,
     )  # padded prompt lengths, image tokens counted; longer prompts are cut or refused
     c.data.response_buckets = (128, 256, 512)  # padded response lengths when training
-    # (patches in all, images, patches in the largest image) of the packed image buffer, per batch of questions.
-    c.data.vision_rungs = ((16384, 144, 2048), (65536, 144, 2048), (294912, 288, 2048))
+    c.data.max_tiles = 0  # of an image under InternVL, its thumbnail not counted; 0 for the checkpoint's own number
+    # Shapes of the packed image buffer, per batch of questions: (patches in all, images, patches in the largest image)
+    # for Qwen2.5-VL, (tiles,) for InternVL. A model takes those of its family.
+    c.data.vision_rungs = ((16384, 144, 2048), (65536, 144, 2048), (294912, 288, 2048), (16,), (64,), (288,))
     c.data.prefetch = 2  # batches made ahead
     c.data.threads = 8  # that decode images and encode prompts
 
@@ -237,6 +239,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "ril.scale_rewards", ("none", "std"))
     _choice(config, "reward.judge.kind", ("rules", "openai", "none"))
     _choice(config, "student.dtype", ("bfloat16", "float32"))
+    _validate_rungs(config)
     for model in ("student", *(f"teachers.{name}" for name in config.teachers)):
         _choice(config, f"{model}.remat", ("none", "full", "dots"))
     for stage in ("sft", "discriminator", "ril"):
@@ -252,6 +255,25 @@ def validate(config: ConfigDict) -> None:
         )
     for arm in arms(config):
         _validate_arm(arm, arm_config(config, arm), stages(config))
+
+
+def _validate_rungs(config: ConfigDict) -> None:
+    """The shapes of data.vision_rungs, for either family, and the limits of an image."""
+    for field, least in (("min_pixels", 1), ("max_pixels", 1), ("max_tiles", 0)):
+        value = config.data[field]
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise InputError(f"config.data.{field}={value!r} must be a whole number of at least {least}")
+    for i, rung in enumerate(config.data.vision_rungs):
+        sizes = list(rung) if isinstance(rung, list | tuple) else [rung]
+        where = f"config.data.vision_rungs[{i}]={rung!r}"
+        whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+        if not whole or len(sizes) not in (1, 3, 4, 5) or min(sizes[:3]) < 1 or min(sizes) < 0:
+            raise InputError(
+                f"{where} must be whole numbers: (tiles,) for InternVL, or for Qwen2.5-VL (patches, images, patches in "
+                "the largest image) and perhaps windows, patches in a window"
+            )
+        if len(sizes) > 1 and (sizes[0] % 4 or sizes[2] % 4):
+            raise InputError(f"{where}: numbers of patches must be multiples of 4, the patches of a token")
 
 
 def _validate_arm(arm: str, config: ConfigDict, stages: list[str]) -> None:

@@ -29,7 +29,12 @@ class Pretrained:
 
     @classmethod
     def open(
-        cls, checkpoint: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+        cls,
+        checkpoint: str | Path,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_tiles: int | None = None,
     ) -> "Pretrained":
         """Open a local folder or a hub id. Raises InputError where a file is missing or of an unknown kind."""
         folder = hub.resolve(checkpoint)
@@ -37,7 +42,9 @@ class Pretrained:
         # The file decides whether the head is tied, not the flag: both spellings are wrong in the wild.
         text = dataclasses.replace(config.text, tie_word_embeddings=not hub.has_own_head(folder))
         config = dataclasses.replace(config, text=text)
-        chat = ChatTokenizer.from_pretrained(folder, min_pixels=min_pixels, max_pixels=max_pixels)
+        chat = ChatTokenizer.from_pretrained(folder, min_pixels=min_pixels, max_pixels=max_pixels, max_tiles=max_tiles)
+        if chat.image_token_id is not None:  # the tokenizer decides: OpenGVLab's configs name no tokens
+            config = dataclasses.replace(config, image_token_id=chat.image_token_id)
         return cls(folder, config, chat, make_network(config))
 
     def load_params(

@@ -15,13 +15,14 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from ril_jax.data.images import PatchedImage, QwenImageProcessor
+from ril_jax.data.families import INTERNVL, OPENGVLAB_TEMPLATE, QWEN
+from ril_jax.data.images import PROCESSOR_FILES, PatchedImage, QwenImageProcessor, read_json, read_processor_config
+from ril_jax.data.tiles import TiledImage, TileImageProcessor
 from ril_jax.errors import InputError
 
 IMAGE_PLACEHOLDER = "<image>"
 
 _END_OF_TURN = "<|im_end|>"
-_IMAGE, _VIDEO, _VISION_START = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"
 _ROLES = ("system", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image", "image_url", "input_image")
@@ -39,27 +40,33 @@ class EncodedPrompt:
     """
 
     token_ids: np.ndarray
-    images: tuple[PatchedImage, ...]
+    images: tuple[PatchedImage | TiledImage, ...]
     tokens_cut: int = 0
 
 
-def chat_messages(prompt: str | Sequence[Mapping[str, Any]], num_images: int, *, name: str) -> list[dict[str, Any]]:
+def chat_messages(
+    prompt: str | Sequence[Mapping[str, Any]], num_images: int, *, name: str, break_written: bool = False
+) -> list[dict[str, Any]]:
     """Brings a prompt into one form: messages whose content is a list of text and image parts.
 
     In a string (a prompt, or the content of a user's message) `<image>` stands for an image; a plain prompt without
-    one gets its images first. In a text part `<image>` is text. Returns fresh dicts: {"role", "content": [{"type":
-    "text", "text"} or {"type": "image"}]}. Raises InputError, with `name`, for another form, for videos, and if the
-    prompt does not have exactly `num_images` images.
+    one gets its images first. In a text part `<image>` is text. `break_written`: the template itself writes a line
+    break after an image, and one that a string has there is left out. Returns fresh dicts: {"role", "content":
+    [{"type": "text", "text"} or {"type": "image"}]}. Raises InputError, with `name`, for another form, for videos,
+    and if the prompt does not have exactly `num_images` images.
     """
     if isinstance(prompt, str):
-        parts = _string_parts(prompt, name=name)
+        parts = _string_parts(prompt, name=name, break_written=break_written)
         if num_images and not any(part["type"] == "image" for part in parts):
             parts = [{"type": "image"} for _ in range(num_images)] + parts
         messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
         if not prompt.strip() and not num_images:
             raise InputError(f"{name}: the prompt is empty")
     elif isinstance(prompt, Sequence) and prompt:
-        messages = [_message(message, name=f"{name}: message {i}") for i, message in enumerate(prompt)]
+        messages = [
+            _message(message, name=f"{name}: message {i}", break_written=break_written)
+            for i, message in enumerate(prompt)
+        ]
     else:
         raise InputError(f"{name}: the prompt must be a string or a non-empty list of chat messages")
     found = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -74,16 +81,22 @@ def chat_messages(prompt: str | Sequence[Mapping[str, Any]], num_images: int, *,
 class ChatTokenizer:
     """A checkpoint's tokenizer, chat template and image processor, as one; picklable.
 
+    What an image becomes is the family's: `<|image_pad|>` for every feature of Qwen2.5-VL between the brackets that its
+    template writes; `<img>`, `<IMG_CONTEXT>` for every feature of all tiles, `</img>` for InternVL, in the place of the
+    `<IMG_CONTEXT>` or `<image>` of its template. InternVL checkpoints in OpenGVLab's own layout have a template for
+    text alone, which nothing uses: their conversations are put together as OpenGVLab's `chat` does it, with its
+    system message unless the messages bring one.
+
     Attributes: `tokenizer` (transformers' own), `image_processor` (None for text-only folders), `vocab_size` (ids that
     the tokenizer knows; the model may have more rows), `eos_token_ids` (any of them ends a response),
     `end_of_turn_token_id`, `pad_token_id`, and `image_token_id`, `video_token_id`, `vision_start_token_id` (None for
-    text-only folders).
+    text-only folders, and where the tokenizer has no such token).
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        image_processor: QwenImageProcessor | None,
+        image_processor: QwenImageProcessor | TileImageProcessor | None,
         *,
         eos_token_ids: Iterable[int] = (),
         pad_token_id: int | None = None,
@@ -108,26 +121,36 @@ class ChatTokenizer:
         self.video_token_id: int | None = None
         self.vision_start_token_id: int | None = None
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        family = self._family = INTERNVL if isinstance(image_processor, TileImageProcessor) else QWEN
         if image_processor is not None:
-            if _IMAGE not in vocab or _VISION_START not in vocab:
-                raise InputError(f"{name}: the tokenizer has no {_IMAGE} or {_VISION_START}; give a Qwen2.5-VL folder")
-            self.image_token_id, self.vision_start_token_id = vocab[_IMAGE], vocab[_VISION_START]
-            self.video_token_id = vocab.get(_VIDEO)
+            if family.token not in vocab or family.start not in vocab:
+                raise InputError(
+                    f"{name}: the tokenizer has no {family.token} or {family.start}; give a folder of {family.name}"
+                )
+            self.image_token_id, self.vision_start_token_id = vocab[family.token], vocab[family.start]
+            self.video_token_id = vocab.get(family.video)
+        self._build_encoders()
+        self._written: str = ""  # the placeholder that the template puts for an image
+        self._read_template()
         # Leftmost-longest, as tokenizers finds them.
-        ordered = sorted(specials | {_END_OF_TURN, _IMAGE, _VIDEO}, key=len, reverse=True)
+        specials |= {_END_OF_TURN, family.token, family.start, family.video, self._written or family.token}
+        ordered = sorted(specials, key=len, reverse=True)
         self._special = re.compile("(" + "|".join(map(re.escape, ordered)) + ")")
         self._longest_special = len(ordered[0])
-        self._build_encoders()
-        self._content_as_parts = self._template_reads_parts()
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+        cls,
+        folder: str | Path,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_tiles: int | None = None,
     ) -> ChatTokenizer:
-        """Loads a local HF folder of Qwen2.5-VL, or of Qwen2.5 (no processor file: text only).
+        """Loads a local HF folder of Qwen2.5-VL, InternVL (either layout), or Qwen2.5 (no processor file: text only).
 
-        `min_pixels` and `max_pixels` replace the image processor's. Raises InputError for a folder without a usable
-        tokenizer or chat template.
+        `min_pixels` and `max_pixels` replace those of Qwen2.5-VL's image processor, `max_tiles` (unless None or 0) that
+        of InternVL's. Raises InputError for a folder without a usable tokenizer or chat template.
         """
         # Advice for users of transformers' own models (PyTorch is missing, ids beyond a small vocabulary) is none here.
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -145,14 +168,19 @@ class ChatTokenizer:
         if not getattr(tokenizer, "is_fast", False):
             raise InputError(f"{folder}: no tokenizer.json; save the tokenizer with a current transformers")
         tokenizer.chat_template = _chat_template(folder, tokenizer)
-        configs = [_read_json(folder / name) for name in ("generation_config.json", "config.json")]
+        processor = _image_processor(folder, min_pixels=min_pixels, max_pixels=max_pixels, max_tiles=max_tiles)
+        if tokenizer.chat_template is None and not isinstance(processor, TileImageProcessor):
+            raise InputError(
+                f"{folder}: no chat template (chat_template.jinja or in tokenizer_config.json); give an instruct "
+                "checkpoint"
+            )
+        configs = [read_json(folder / name) for name in ("generation_config.json", "config.json")]
         configs += [config[key] for config in configs for key in ("text_config", "llm_config") if config.get(key)]
         ends = [config.get("eos_token_id") for config in configs]
         pads = [config.get("pad_token_id") for config in configs]
-        has_images = any((folder / name).is_file() for name in QwenImageProcessor.config_files)
         return cls(
             tokenizer,
-            QwenImageProcessor.from_pretrained(folder, min_pixels, max_pixels) if has_images else None,
+            processor,
             eos_token_ids=[i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None],
             pad_token_id=next((i for i in pads if i is not None), None),
             video_config=_video_config(folder),
@@ -162,8 +190,8 @@ class ChatTokenizer:
     def messages(
         self, prompt: str | Sequence[Mapping[str, Any]], num_images: int, *, name: str
     ) -> list[dict[str, Any]]:
-        """Same as `chat_messages`."""
-        return chat_messages(prompt, num_images, name=name)
+        """Same as `chat_messages`, with what the checkpoint's template needs left out of strings."""
+        return chat_messages(prompt, num_images, name=name, break_written=self._break_written)
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The text of the conversation under the checkpoint's template, one placeholder for an image, for people.
@@ -190,14 +218,14 @@ class ChatTokenizer:
         max_length: int | None = None,
         add_generation_prompt: bool = True,
     ) -> EncodedPrompt:
-        """Token ids of the rendered messages, equal to HF's `Qwen2_5_VLProcessor`, and the images' patches.
+        """Token ids of the rendered messages, equal to those of the family's processor in HF, and the images' patches.
 
         A prompt of more than `max_length` tokens loses text from the end of the last user's turn. Special tokens in
         the messages' text are encoded as the plain text they are, never as control tokens or placeholders. Raises
         InputError, with `name`, if the images do not match the placeholders, an image cannot be used, or cutting all
         text of the turn would not be enough.
         """
-        messages = chat_messages(messages, len(images), name=name)
+        messages = self.messages(messages, len(images), name=name)
         sizes = self._image_tokens(images, name=name)
         try:
             ids, cut = self._encode_to_fit(messages, sizes, max_length, add_generation_prompt)
@@ -207,14 +235,16 @@ class ChatTokenizer:
         if self.image_token_id is not None:
             counts[ids == self.image_token_id] = sizes
         processor = self.image_processor
-        patched = tuple(processor(image) for image in images) if processor is not None else ()
+        patched: tuple[PatchedImage | TiledImage, ...] = ()
+        if processor is not None:
+            patched = tuple(processor(image) for image in images)
         return EncodedPrompt(np.repeat(ids, counts), patched, cut)
 
     def encode_messages(
         self, messages: Sequence[Mapping[str, Any]], image_tokens: Sequence[int], *, name: str
     ) -> np.ndarray:
         """Token ids [P] int32 of messages whose images were processed before, to `image_tokens` tokens each."""
-        messages = chat_messages(messages, len(image_tokens), name=name)
+        messages = self.messages(messages, len(image_tokens), name=name)
         ids = self._encode(messages, len(image_tokens), True)
         counts = np.ones(len(ids), np.int64)
         if self.image_token_id is not None:
@@ -240,12 +270,19 @@ class ChatTokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(str(folder))
-        configs = {"video_preprocessor_config.json": self._video_config}
+        configs: dict[str, dict[str, Any] | None] = {"video_preprocessor_config.json": self._video_config}
         if self.image_processor is not None:
-            configs["preprocessor_config.json"] = self.image_processor.to_config()
+            configs |= self.image_processor.files()
+        if self._family == INTERNVL:  # OpenGVLab's tokenizers do not name the tokens that InternVLProcessor asks for
+            saved = read_json(folder / "tokenizer_config.json")
+            video = next((t for t in (INTERNVL.video, QWEN.video) if t in self.tokenizer.get_vocab()), QWEN.video)
+            named = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": video}
+            named["context_image_token"] = INTERNVL.token
+            configs["tokenizer_config.json"] = named | saved
         for file_name, config in configs.items():
             if config:
-                (folder / file_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+                (folder / file_name).write_text(text, encoding="utf-8")
 
     def _encode_to_fit(
         self, messages: list[dict[str, Any]], sizes: Sequence[int], max_length: int | None, add_generation_prompt: bool
@@ -264,9 +301,10 @@ class ChatTokenizer:
                 ids = self._encode(messages, len(sizes), add_generation_prompt)
                 length = len(ids) + expansion
         if length > max_length or not any(part["text"].strip() for part in texts):
+            smaller = f"smaller images ({self.image_processor.limit}) or " if self.image_processor is not None else ""
             raise InputError(
                 f"the prompt takes {full} tokens, {sum(sizes)} of them for images, and cutting the last question's "
-                f"text does not bring it to {max_length}; use smaller images (max_pixels) or a longer limit"
+                f"text does not bring it to {max_length}; use {smaller}a longer limit"
             )
         return ids, full - length
 
@@ -284,6 +322,8 @@ class ChatTokenizer:
         """
         if not any(self._special.search(_text_of(message)) for message in messages):
             rendered = self.render(messages, add_generation_prompt=add_generation_prompt)
+            if self._written:
+                rendered = rendered.replace(self._written, self._family.expanded)
             ids = self._encoder.encode(rendered, add_special_tokens=False).ids
         else:
             mark = _unused_mark(messages)
@@ -292,6 +332,7 @@ class ChatTokenizer:
             ids = []
             for i, piece in enumerate(self._special.split(rendered)):
                 if i % 2:
+                    piece = self._family.expanded if piece == self._written else piece
                     ids.extend(self._encoder.encode(piece, add_special_tokens=False).ids)
                 else:
                     ids.extend(self._plain.encode(piece.replace(mark, ""), add_special_tokens=False).ids)
@@ -301,7 +342,7 @@ class ChatTokenizer:
         if images != num_images or videos:
             raise InputError(
                 f"the rendered prompt has {images} image and {videos} video placeholders for {num_images} images; "
-                f"is the chat template Qwen2.5-VL's?"
+                f"is the chat template that of {self._family.name}?"
             )
         return result
 
@@ -332,26 +373,40 @@ class ChatTokenizer:
         for i, image in enumerate(images):
             assert self.image_processor is not None
             try:
-                _, h, w = self.image_processor.grid(image.height, image.width)
+                sizes.append(self.image_processor.num_tokens(image.height, image.width))
             except InputError as error:
                 raise InputError(f"{name}: image {i}: {error}") from error
-            sizes.append(h * w // self.image_processor.merge_size**2)
         return sizes
 
-    def _template_reads_parts(self) -> bool:
+    def _read_template(self) -> None:
+        """Finds out what the template takes for content and what it writes for an image."""
+        self._content_as_parts, self._break_written = True, False
+        as_parts = self._reads_parts()
+        if self.image_processor is not None:
+            self._written = self._written_for_image() if as_parts else ""
+            if not self._written and self._family == INTERNVL:
+                self.tokenizer.chat_template = OPENGVLAB_TEMPLATE
+                as_parts, self._written = True, self._written_for_image()
+            if not self._written:
+                raise InputError(f"{self._name}: the chat template writes no {self._family.token} for an image")
+            texts = [{"type": "text", "text": text} for text in ("a", "\nb")]
+            probe = [{"role": "user", "content": [texts[0], {"type": "image"}, texts[1]]}]
+            self._break_written = f"{self._written}\n\nb" in self.render(probe)
+        self._content_as_parts = as_parts
+
+    def _reads_parts(self) -> bool:
         """Whether the template takes content as a list of parts (Qwen2.5-VL) or as a string (Qwen2.5)."""
-        self._content_as_parts = True
         probe = [{"role": "user", "content": [{"type": "text", "text": "probe"}]}]
         try:
             rendered = self.render(probe)
         except InputError:
-            rendered = ""
-        as_parts = "probe" in rendered and "'text'" not in rendered
-        if self.image_processor is not None:
-            probe = [{"role": "user", "content": [{"type": "image"}]}]
-            if not as_parts or self.render(probe).count(_IMAGE) != 1:
-                raise InputError(f"{self._name}: the chat template writes no {_IMAGE} for an image")
-        return as_parts
+            return False
+        return "probe" in rendered and "'text'" not in rendered
+
+    def _written_for_image(self) -> str:
+        """What the template writes for an image, "" if that is nothing known."""
+        rendered = self.render([{"role": "user", "content": [{"type": "image"}]}])
+        return next((written for written in self._family.written if rendered.count(written) == 1), "")
 
     def _build_encoders(self) -> None:
         """Two copies of the tokenizer, one of which takes special tokens for text.
@@ -374,21 +429,22 @@ class ChatTokenizer:
         self._build_encoders()
 
 
-def _string_parts(text: str, *, name: str) -> list[dict[str, Any]]:
+def _string_parts(text: str, *, name: str, break_written: bool) -> list[dict[str, Any]]:
     """Text and image parts of a string with `<image>` placeholders; empty pieces of text are left out."""
-    for token in (_IMAGE, _VIDEO):
+    for token in (QWEN.token, QWEN.video, INTERNVL.token):
         if token in text:
             raise InputError(f"{name}: {token} stands in the prompt; write {IMAGE_PLACEHOLDER} where an image goes")
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(text.split(IMAGE_PLACEHOLDER)):
         if i:
             parts.append({"type": "image"})
+            piece = piece.removeprefix("\n") if break_written else piece
         if piece:
             parts.append({"type": "text", "text": piece})
     return parts
 
 
-def _message(message: Any, *, name: str) -> dict[str, Any]:
+def _message(message: Any, *, name: str, break_written: bool) -> dict[str, Any]:
     """One chat message with its content as clean parts."""
     if not isinstance(message, Mapping):
         raise InputError(f"{name}: a message must be a dict with role and content, not {type(message).__name__}")
@@ -399,7 +455,9 @@ def _message(message: Any, *, name: str) -> dict[str, Any]:
     if role not in _ROLES:
         raise InputError(f"{name}: role {role!r} is none of {', '.join(_ROLES)}")
     if isinstance(content, str):
-        parts = _string_parts(content, name=name) if role == "user" else [{"type": "text", "text": content}]
+        parts = [{"type": "text", "text": content}]
+        if role == "user":
+            parts = _string_parts(content, name=name, break_written=break_written)
     elif isinstance(content, Sequence):
         parts = [_part(part, name=f"{name}, part {i}") for i, part in enumerate(content)]
     else:
@@ -437,34 +495,32 @@ def _unused_mark(messages: Sequence[Mapping[str, Any]]) -> str:
     return mark
 
 
-def _chat_template(folder: Path, tokenizer: Any) -> str:
+def _chat_template(folder: Path, tokenizer: Any) -> str | None:
     """The template that HF's processors would use: chat_template.json, then .jinja, then tokenizer_config.json."""
-    template = _read_json(folder / "chat_template.json").get("chat_template") or tokenizer.chat_template
+    template = read_json(folder / "chat_template.json").get("chat_template") or tokenizer.chat_template
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, Mapping):
         template = template.get("default")
-    if not isinstance(template, str):
-        raise InputError(
-            f"{folder}: no chat template (chat_template.jinja or in tokenizer_config.json); give an instruct checkpoint"
-        )
-    return template
+    return template if isinstance(template, str) else None
+
+
+def _image_processor(
+    folder: Path, *, min_pixels: int | None, max_pixels: int | None, max_tiles: int | None
+) -> QwenImageProcessor | TileImageProcessor | None:
+    """The folder's image processor, of the family that its config.json or else its processor file names."""
+    family = read_json(folder / "config.json").get("model_type")
+    if family == "internvl_chat":
+        return TileImageProcessor.from_pretrained(folder, max_tiles)
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        return None
+    kind = str(read_processor_config(folder)[1].get("image_processor_type"))
+    if family == "internvl" or kind.startswith("GotOcr2"):
+        return TileImageProcessor.from_pretrained(folder, max_tiles)
+    return QwenImageProcessor.from_pretrained(folder, min_pixels, max_pixels)
 
 
 def _video_config(folder: Path) -> dict[str, Any] | None:
     """The checkpoint's video settings, which this package does not use and passes on when it saves."""
-    nested = _read_json(folder / "processor_config.json").get("video_processor")
-    return nested or _read_json(folder / "video_preprocessor_config.json") or None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if the file is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must be a JSON object")
-    return content
+    nested = read_json(folder / "processor_config.json").get("video_processor")
+    return nested or read_json(folder / "video_preprocessor_config.json") or None

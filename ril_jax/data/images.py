@@ -1,4 +1,7 @@
-"""Images: from whatever a row holds to the patches that Qwen2.5-VL's vision tower reads; numpy and Pillow only."""
+"""Images: from whatever a row holds to the patches that Qwen2.5-VL's vision tower reads; numpy and Pillow only.
+
+InternVL's tiles are made in `tiles.py`.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,15 @@ from ril_jax.errors import InputError
 # Still-picture formats only: Pillow would hand EPS to Ghostscript, and vector or video formats have no pixels of
 # their own. MPO (two-lens phone photographs) comes in through JPEG.
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # the first that has an image processor counts
+FIXED_STEPS = {  # of every family's processor
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": True,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+}
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _MAX_ASPECT_RATIO = 200
@@ -53,11 +65,11 @@ def decode_image(
         image.load()
         if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
-        return _to_rgb(image, name=name)
+        return to_rgb(image, name=name)
     except InputError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{name}: the image is too large to decode ({_one_line(error)}); make it smaller") from error
+        raise InputError(f"{name}: the image is too large to decode ({one_line(error)}); make it smaller") from error
     except Image.UnidentifiedImageError as error:
         raise InputError(
             f"{name}: not an image that can be read (known are {', '.join(_known_formats())}); "
@@ -65,7 +77,7 @@ def decode_image(
         ) from error
     except Exception as error:  # Pillow's decoders raise whatever comes to hand on a broken file
         raise InputError(
-            f"{name}: the image is truncated or corrupt ({_one_line(error)}); replace it or drop the row"
+            f"{name}: the image is truncated or corrupt ({one_line(error)}); replace it or drop the row"
         ) from error
 
 
@@ -141,7 +153,7 @@ class QwenImageProcessor:
     image_std: tuple[float, ...] = _CLIP_STD
     _values: np.ndarray = field(init=False, repr=False, compare=False)
 
-    config_files: ClassVar[tuple[str, ...]] = ("processor_config.json", "preprocessor_config.json")
+    limit: ClassVar[str] = "max_pixels"  # what a user lowers for fewer tokens an image
 
     def __post_init__(self) -> None:
         if min(self.patch_size, self.temporal_patch_size, self.merge_size) < 1:
@@ -153,7 +165,7 @@ class QwenImageProcessor:
             )
         if len(self.image_mean) != 3 or len(self.image_std) != 3:
             raise InputError("image processor: image_mean and image_std must have three numbers each")
-        object.__setattr__(self, "_values", _normalized_values(self.image_mean, self.image_std))
+        object.__setattr__(self, "_values", normalized_values(self.image_mean, self.image_std))
 
     @classmethod
     def from_pretrained(
@@ -164,14 +176,11 @@ class QwenImageProcessor:
         `min_pixels` and `max_pixels`, if given, replace the folder's. Raises InputError for a folder without a
         processor, for a processor of another family and for settings that this class does not have.
         """
-        source, config = _read_config(Path(folder))
+        source, config = read_processor_config(Path(folder))
         kind = str(config.get("image_processor_type", "Qwen2VLImageProcessor"))
         if not kind.startswith(("Qwen2VL", "Qwen2_5_VL")):
             raise InputError(f"{source}: image_processor_type is {kind}, not Qwen2-VL's; give a Qwen2.5-VL folder")
-        fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3, "rescale_factor": 1 / 255}
-        for key, value in fixed.items():
-            if config.get(key, value) != value:
-                raise InputError(f"{source}: {key}={config[key]} is not supported, only {value} is")
+        refuse_other_steps(source, config)
         size = config.get("size") or {}
         for key, short in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
             limits = (config.get(key), size.get(key), size.get(short), getattr(cls, key))
@@ -189,7 +198,7 @@ class QwenImageProcessor:
                 if config.get(key) is not None
             }
         except (TypeError, ValueError) as error:
-            raise InputError(f"{source}: a field has the wrong type ({_one_line(error)})") from error
+            raise InputError(f"{source}: a field has the wrong type ({one_line(error)})") from error
         return cls(**numbers, **colours)  # type: ignore[arg-type]
 
     def to_config(self) -> dict[str, Any]:
@@ -197,12 +206,7 @@ class QwenImageProcessor:
         return {
             "image_processor_type": "Qwen2VLImageProcessor",
             "processor_class": "Qwen2_5_VLProcessor",
-            "do_resize": True,
-            "do_rescale": True,
-            "do_normalize": True,
-            "do_convert_rgb": True,
-            "resample": 3,
-            "rescale_factor": 1 / 255,
+            **FIXED_STEPS,
             "min_pixels": self.min_pixels,
             "max_pixels": self.max_pixels,
             "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
@@ -213,12 +217,16 @@ class QwenImageProcessor:
             "image_std": list(self.image_std),
         }
 
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The files, by name, that make transformers process images as this does."""
+        return {"preprocessor_config.json": self.to_config()}
+
     def __call__(self, image: Image.Image) -> PatchedImage:
         """Resizes, normalises and cuts one image into patches; raises InputError for sides more than 200 to 1."""
         _, h, w = self.grid(image.height, image.width)
         patch, merge = self.patch_size, self.merge_size
         if image.mode != "RGB":
-            image = _to_rgb(image, name="image")
+            image = to_rgb(image, name="image")
         resized = image.resize((w * patch, h * patch), resample=Image.Resampling.BICUBIC)
         # Rearranged while the pixels are still bytes: a quarter of the memory traffic of doing it in float32.
         pixels = np.asarray(resized).reshape(h // merge, merge, patch, w // merge, merge, patch, 3)
@@ -236,8 +244,12 @@ class QwenImageProcessor:
         )
         return 1, new_height // self.patch_size, new_width // self.patch_size
 
+    def num_tokens(self, height: int, width: int) -> int:
+        """Placeholder tokens of an image of that size; raises as `smart_resize`."""
+        return math.prod(self.grid(height, width)) // self.merge_size**2
 
-def _normalized_values(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+
+def normalized_values(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """[3, 256] float32: what each byte becomes in each channel.
 
     HF scales in float64, rounds to float32 and normalises in float32; the table does it once for all 256 bytes.
@@ -246,21 +258,35 @@ def _normalized_values(mean: tuple[float, ...], std: tuple[float, ...]) -> np.nd
     return (scaled[None] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
 
 
-def _read_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+def refuse_other_steps(source: Path, config: Mapping[str, Any]) -> None:
+    """Raises InputError, with the file, for a step of a processor's settings that is switched off or done otherwise."""
+    for key, value in FIXED_STEPS.items():
+        if key != "do_convert_rgb" and config.get(key) not in (None, value):  # all images come as RGB
+            raise InputError(f"{source}: {key}={config[key]} is not supported, only {value} is")
+
+
+def read_processor_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The image processor's settings and the file they came from; the nested form goes first, as in transformers."""
-    for file_name in QwenImageProcessor.config_files:
-        path = folder / file_name
-        if not path.is_file():
-            continue
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not readable as JSON ({_one_line(error)})") from error
+    for file_name in PROCESSOR_FILES:
+        config: Any = read_json(folder / file_name)
         if file_name == "processor_config.json":
             config = config.get("image_processor")
-        if isinstance(config, Mapping):
-            return path, dict(config)
-    raise InputError(f"{folder}: no {' or '.join(QwenImageProcessor.config_files)} with an image processor in it")
+        if isinstance(config, Mapping) and config:
+            return folder / file_name, dict(config)
+    raise InputError(f"{folder}: no {' or '.join(PROCESSOR_FILES)} with an image processor in it")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file, empty where the file is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({one_line(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be a JSON object")
+    return content
 
 
 def _open(data: bytes | str | Path, *, name: str) -> Image.Image:
@@ -273,7 +299,7 @@ def _open(data: bytes | str | Path, *, name: str) -> Image.Image:
         try:
             data = Path(data).read_bytes()
         except (OSError, ValueError) as error:
-            raise InputError(f"{name}: the image file cannot be read ({_one_line(error)})") from error
+            raise InputError(f"{name}: the image file cannot be read ({one_line(error)})") from error
     elif not isinstance(data, bytes | bytearray | memoryview):
         raise InputError(f"{name}: an image is given as bytes, path, data URL or PIL image, not {type(data).__name__}")
     if not len(data):
@@ -288,10 +314,10 @@ def _data_url_bytes(url: str, *, name: str) -> bytes:
     try:
         return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InputError(f"{name}: the data URL is not valid base64 ({_one_line(error)})") from error
+        raise InputError(f"{name}: the data URL is not valid base64 ({one_line(error)})") from error
 
 
-def _to_rgb(image: Image.Image, *, name: str) -> Image.Image:
+def to_rgb(image: Image.Image, *, name: str) -> Image.Image:
     """8-bit RGB of a loaded image of any mode; transparency is laid over white, as in HF's `convert_to_rgb`."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -322,6 +348,6 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(fmt for fmt in _FORMATS if fmt in Image.OPEN)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -14,6 +14,8 @@ from ril_jax.data.images import decode_image
 from ril_jax.data.packing import (
     PromptBatch,
     ResponseBatch,
+    Rung,
+    TileRung,
     VisionRung,
     pack_prompts,
     pack_responses,
@@ -21,7 +23,8 @@ from ril_jax.data.packing import (
     pick_rung,
 )
 from ril_jax.data.records import Question, question_prompt
-from ril_jax.models.config import ModelConfig
+from ril_jax.errors import InputError
+from ril_jax.models.config import InternVisionConfig, ModelConfig
 
 
 class PromptEncoder:
@@ -60,11 +63,24 @@ class Buckets:
     model: ModelConfig
     prompts: tuple[int, ...]
     responses: tuple[int, ...]
-    rungs: tuple[VisionRung, ...]
+    rungs: tuple[Rung, ...]
 
     @classmethod
     def from_config(cls, model: ModelConfig, data: Any) -> "Buckets":
-        rungs = tuple(VisionRung(*rung) for rung in data.vision_rungs)
+        """Of the fields of config.data; rungs of another family than the model's are for other models of the run.
+
+        Raises InputError where all of them are.
+        """
+        entries = [tuple(rung) if isinstance(rung, list | tuple) else (rung,) for rung in data.vision_rungs]
+        rungs: tuple[Rung, ...] = ()
+        if isinstance(model.vision, InternVisionConfig):
+            rungs = tuple(TileRung(*entry) for entry in entries if len(entry) == 1)
+        elif model.vision is not None:
+            rungs = tuple(VisionRung(*entry) for entry in entries if len(entry) > 1)
+        if model.vision is not None and entries and not rungs:
+            tiled = isinstance(model.vision, InternVisionConfig)
+            shape = "(tiles,) for InternVL" if tiled else "(patches, images, patches in the largest) for Qwen2.5-VL"
+            raise InputError(f"config.data.vision_rungs has no rung of the form {shape}; add one that holds a batch")
         return cls(model, tuple(data.prompt_buckets), tuple(data.response_buckets), rungs)
 
     def pack_prompts(
@@ -81,11 +97,11 @@ class Buckets:
         length = pick_bucket(longest, self.prompts, name="a prompt")
         images = [[image for prompt in group for image in prompt.images] for group in groups]
         needed = [rung for group in images if (rung := pick_rung(group, self.rungs, self.model.vision)) is not None]  # type: ignore[arg-type]
-        rung = max(needed, key=lambda r: (r.patches, r.images * r.image_patches)) if needed else None
+        rung = max(needed, key=lambda rung: rung.size) if needed else None
         packed = [pack_prompts(group, self.model, batch=micro, prompt_len=length, rung=rung) for group in groups]
         if offset_features and rung is not None:
             assert self.model.vision is not None
-            step = rung.patches // self.model.vision.merge_unit
+            step = rung.num_features(self.model.vision)
             packed = [
                 p._replace(feature_index=np.where(p.feature_index >= 0, p.feature_index + i * step, -1))
                 for i, p in enumerate(packed)

@@ -5,6 +5,7 @@ The baselines are the same loop by config: Dr.GRPO and GRPO have no teacher rows
 
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -253,9 +254,9 @@ class Ril:
         """What the update needs to encode the images itself, (images, first feature of each micro-batch), else None."""
         if vision is None or not self.config.ril.train_vision:
             return None
-        micro_batches, patches = vision.patches.shape[:2]
-        merge_unit = self.run.student.config.vision.merge_unit
-        return vision, np.arange(micro_batches, dtype=np.int32) * (patches // merge_unit)
+        micro_batches, *buffer, _ = vision.patches.shape
+        features = math.prod(buffer) // self.run.student.config.vision.merge_unit
+        return vision, np.arange(micro_batches, dtype=np.int32) * features
 
     def normalizer(self, micro_batches: int) -> np.ndarray:
         """2G * B * L for Dr.GRPO, the number of rows for GRPO; one copy a micro-batch."""

@@ -79,7 +79,8 @@ class Run:
         if not model.checkpoint:
             raise InputError(f"{field}.checkpoint is empty; name a Hugging Face folder or a hub id")
         data = self.config.data
-        return Pretrained.open(self.path(model.checkpoint), min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+        limits = {name: data[name] for name in ("min_pixels", "max_pixels", "max_tiles")}
+        return Pretrained.open(self.path(model.checkpoint), **limits)
 
     @functools.cached_property
     def programs(self) -> Programs:
