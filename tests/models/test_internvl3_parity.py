@@ -14,7 +14,9 @@ from helpers import hf_internvl, hf_models
 from helpers.hf_internvl import KIND_6B, KIND_300M, pack
 from helpers.parity import assert_gradients_match, build, forward, gradients_by_name, loss_and_gradients
 
+from ril_jax.data.packing import TileRung, pack_prompts
 from ril_jax.models.internvl3 import TileInputs, bicubic_matrix
+from ril_jax.models.parameters import cast
 from ril_jax.sampling.logits import SamplingParams
 from ril_jax.sampling.sampler import Sampler
 
@@ -59,6 +61,17 @@ def test_logits_equal_transformers(name, tiny):
         np.testing.assert_allclose(ours[b, PROMPT_LEN - len(p.token_ids) :], reference, atol=2e-5, rtol=0)
 
 
+def test_what_is_packed_by_hand_here_is_what_packing_makes(tiny):
+    prompts = mixed_prompts()
+    by_hand = pack(prompts, prompt_len=PROMPT_LEN, tiles=TILES)
+    packed = pack_prompts(
+        prompts, tiny(KINDS[0]).config, batch=len(prompts), prompt_len=PROMPT_LEN, rung=TileRung(tiles=TILES)
+    )
+    np.testing.assert_array_equal(packed.vision.patches[:9], by_hand.vision.patches[:9])
+    for name in set(packed._fields) - {"vision"}:
+        np.testing.assert_array_equal(getattr(packed, name), getattr(by_hand, name), err_msg=name)
+
+
 def test_rows_of_text_need_no_tiles(tiny):
     model = tiny(KINDS[0])
     network, params = build(model)
@@ -83,6 +96,18 @@ def test_features_of_tiles_equal_transformers(kind, size, tiny):
         reference = model.hf.model.get_image_features(pixels, return_dict=True).pooler_output.flatten(0, 1).numpy()
     assert len(reference) == 5 * model.config.vision.tile_tokens(size, size)
     np.testing.assert_allclose(ours, reference, atol=1e-5 * np.abs(reference).max(), rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_in_bfloat16_are_those_in_float32_but_for_rounding(kind, tiny):
+    network, params = build(tiny(kind))
+    prompt = hf_internvl.prompt(np.random.default_rng(4), 3, 3, size=84)
+    inputs = TileInputs(prompt.images[0].patches)
+    encode = jax.jit(lambda p, dtype: network.bind(cast(p, dtype)).encode(inputs, dtype=dtype), static_argnums=1)
+    exact, rounded = encode(params, jnp.float32), encode(params, jnp.bfloat16)
+    assert rounded.dtype == jnp.bfloat16
+    error = np.abs(rounded.astype(jnp.float32) - exact)
+    assert error.mean() < 0.01 * np.abs(exact).mean()  # a few roundings of 2^-9
 
 
 @pytest.mark.parametrize("patches", [12, 25])
