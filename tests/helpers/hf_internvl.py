@@ -1,6 +1,7 @@
 """Tiny random InternVL models with either kind of vision tower, their prompts, and batches packed by hand."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,22 @@ from ril_jax.models.internvl3 import TileInputs
 PATCH, TILE = 14, 56
 KIND_300M = dict(norm_type="layer_norm", attention_bias=True, use_qk_norm=False, hidden_size=48, num_attention_heads=3)
 KIND_6B = dict(norm_type="rms_norm", attention_bias=False, use_qk_norm=True, hidden_size=40, num_attention_heads=5)
+
+# From transformers' names to OpenGVLab's: the inverse of what is under test.
+_TO_ORIGINAL = (
+    (r"^vision_tower\.embeddings\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^vision_tower\.embeddings\.position_embeddings$", "vision_model.embeddings.position_embedding"),
+    (r"^vision_tower\.embeddings\.patch_embeddings\.projection", "vision_model.embeddings.patch_embedding"),
+    (r"^vision_tower\.encoder\.layer\.", "vision_model.encoder.layers."),
+    (r"attention\.projection_layer", "attn.proj"),
+    (r"attention\.([qk]_norm)", r"attn.\1"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"lambda_", "ls"),
+    (r"^multi_modal_projector\.layer_norm", "mlp1.0"),
+    (r"^multi_modal_projector\.linear_1", "mlp1.1"),
+    (r"^multi_modal_projector\.linear_2", "mlp1.3"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +106,37 @@ def save_internvl(
     vision = dict(
         num_hidden_layers=3, intermediate_size=72, image_size=[TILE, TILE], patch_size=[PATCH, PATCH]
     ) | (KIND_300M if vision is None else vision)  # fmt: skip
-    config = InternVLConfig(
-        text_config=text, vision_config=vision, image_token_id=IMAGE, tie_word_embeddings=tie,
-        bos_token_id=PAD, eos_token_id=EOS, **root,
-    )  # fmt: skip
+    root = dict(image_token_id=IMAGE, bos_token_id=PAD, eos_token_id=EOS, tie_word_embeddings=tie) | root
+    config = InternVLConfig(text_config=text, vision_config=vision, **root)
     return save(InternVLForConditionalGeneration, config, folder, seed)
+
+
+def original_layout(tensors):
+    """OpenGVLab's: other names, and queries, keys and values of the tower in one tensor."""
+    out = {}
+    for key, tensor in tensors.items():
+        if match := re.match(r"(vision_tower\.encoder\.layer\.\d+)\.attention\.q_proj\.(.*)", key):
+            prefix, kind = match.groups()
+            key = f"{prefix}.attn.qkv.{kind}"
+            tensor = np.concatenate([tensors[f"{prefix}.attention.{x}_proj.{kind}"] for x in "qkv"])
+        elif re.search(r"^vision_tower.*\.attention\.[kv]_proj\.", key):
+            continue
+        for pattern, replacement in _TO_ORIGINAL:
+            if not key.startswith("language_model."):
+                key = re.sub(pattern, replacement, key)
+        out[key] = tensor
+    return out
+
+
+def original_config(config):
+    """OpenGVLab's form of a config.json of transformers; it names no tokens."""
+    vision = dict(config["vision_config"])
+    vision |= {"qkv_bias": vision.pop("attention_bias"), "qk_normalization": vision.pop("use_qk_norm")}
+    vision |= {"image_size": vision["image_size"][0], "patch_size": vision["patch_size"][0]}
+    rope = config["text_config"]["rope_parameters"]
+    text = {key: value for key, value in config["text_config"].items() if key != "rope_parameters"}
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "dynamic", "factor": rope["factor"]}}
+    return {
+        "model_type": "internvl_chat", "ps_version": "v2", "select_layer": -1, "downsample_ratio": 0.5,
+        "tie_word_embeddings": config["tie_word_embeddings"], "llm_config": text, "vision_config": vision,
+    }  # fmt: skip

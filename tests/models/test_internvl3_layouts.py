@@ -1,7 +1,4 @@
-"""InternVL3 checkpoints: every layout of keys gives the same parameters, and what we write transformers loads.
-
-OpenGVLab's own layout is written here from transformers' by the renaming that is the inverse of the one under test.
-"""
+"""InternVL3 checkpoints: every layout of keys gives the same parameters, and what we write transformers loads."""
 
 import dataclasses
 import json
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import hf_internvl, hf_models
+from helpers.hf_internvl import original_config, original_layout
 from safetensors.numpy import load_file, save_file
 from transformers import InternVLForConditionalGeneration
 
@@ -20,52 +18,6 @@ from ril_jax.models.config import ModelConfig
 from ril_jax.models.hub import load_params, save_params
 from ril_jax.models.parameters import Network
 from ril_jax.models.vlm import VisionLanguageModel
-
-TO_ORIGINAL = (
-    (r"^vision_tower\.embeddings\.cls_token$", "vision_model.embeddings.class_embedding"),
-    (r"^vision_tower\.embeddings\.position_embeddings$", "vision_model.embeddings.position_embedding"),
-    (r"^vision_tower\.embeddings\.patch_embeddings\.projection", "vision_model.embeddings.patch_embedding"),
-    (r"^vision_tower\.encoder\.layer\.", "vision_model.encoder.layers."),
-    (r"attention\.projection_layer", "attn.proj"),
-    (r"attention\.([qk]_norm)", r"attn.\1"),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"lambda_", "ls"),
-    (r"^multi_modal_projector\.layer_norm", "mlp1.0"),
-    (r"^multi_modal_projector\.linear_1", "mlp1.1"),
-    (r"^multi_modal_projector\.linear_2", "mlp1.3"),
-)
-
-
-def original_layout(tensors):
-    """OpenGVLab's: other names, and queries, keys and values of the tower in one tensor."""
-    out = {}
-    for key, tensor in tensors.items():
-        if match := re.match(r"(vision_tower\.encoder\.layer\.\d+)\.attention\.q_proj\.(.*)", key):
-            prefix, kind = match.groups()
-            key = f"{prefix}.attn.qkv.{kind}"
-            tensor = np.concatenate([tensors[f"{prefix}.attention.{x}_proj.{kind}"] for x in "qkv"])
-        elif re.search(r"^vision_tower.*\.attention\.[kv]_proj\.", key):
-            continue
-        for pattern, replacement in TO_ORIGINAL:
-            if not key.startswith("language_model."):
-                key = re.sub(pattern, replacement, key)
-        out[key] = tensor
-    return out
-
-
-def original_config(config):
-    """OpenGVLab's form of a config.json of transformers; it names no tokens."""
-    vision = dict(config["vision_config"])
-    vision |= {"qkv_bias": vision.pop("attention_bias"), "qk_normalization": vision.pop("use_qk_norm")}
-    vision |= {"image_size": vision["image_size"][0], "patch_size": vision["patch_size"][0]}
-    rope = config["text_config"]["rope_parameters"]
-    text = {key: value for key, value in config["text_config"].items() if key != "rope_parameters"}
-    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "dynamic", "factor": rope["factor"]}}
-    return {
-        "model_type": "internvl_chat", "ps_version": "v2", "select_layer": -1, "downsample_ratio": 0.5,
-        "tie_word_embeddings": config["tie_word_embeddings"], "llm_config": text, "vision_config": vision,
-    }  # fmt: skip
 
 
 def in_memory(tensors):
