@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from ril_jax.data.families import INTERNVL, OPENGVLAB_TEMPLATE, QWEN
+from ril_jax.data.families import INTERNVL, INTERNVL_TOKEN_NAMES, OPENGVLAB_TEMPLATE, QWEN
 from ril_jax.data.images import PROCESSOR_FILES, PatchedImage, QwenImageProcessor, read_json, read_processor_config
 from ril_jax.data.tiles import TiledImage, TileImageProcessor
 from ril_jax.errors import InputError
@@ -161,7 +161,7 @@ class ChatTokenizer:
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder; give a local HF folder")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)  # and no question about it
         except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{folder}: the tokenizer cannot be loaded ({reason})") from error
@@ -274,11 +274,9 @@ class ChatTokenizer:
         if self.image_processor is not None:
             configs |= self.image_processor.files()
         if self._family == INTERNVL:  # OpenGVLab's tokenizers do not name the tokens that InternVLProcessor asks for
+            video = next((t for t in (INTERNVL.video, QWEN.video) if t in self.tokenizer.get_vocab()), INTERNVL.video)
             saved = read_json(folder / "tokenizer_config.json")
-            video = next((t for t in (INTERNVL.video, QWEN.video) if t in self.tokenizer.get_vocab()), QWEN.video)
-            named = {"start_image_token": "<img>", "end_image_token": "</img>", "video_token": video}
-            named["context_image_token"] = INTERNVL.token
-            configs["tokenizer_config.json"] = named | saved
+            configs["tokenizer_config.json"] = INTERNVL_TOKEN_NAMES | {"video_token": video} | saved
         for file_name, config in configs.items():
             if config:
                 text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

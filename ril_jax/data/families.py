@@ -36,6 +36,13 @@ INTERNVL = Family(
     start="<img>",
     video="<video>",
 )
+# The names under which transformers' InternVLProcessor asks the tokenizer for its tokens.
+INTERNVL_TOKEN_NAMES = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
 
 OPENGVLAB_SYSTEM = (
     "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"

@@ -1,4 +1,4 @@
-"""A small tokenizer in the shape of Qwen2.5-VL's, trained at set-up, so that the embedded default needs no download."""
+"""A small tokenizer in the shape of Qwen2.5-VL's or InternVL3's, trained at set-up, so that nothing is downloaded."""
 
 import json
 import unicodedata
@@ -7,17 +7,16 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from ril_jax.data.families import INTERNVL, INTERNVL_TOKEN_NAMES, QWEN, Family
+from ril_jax.data.images import QwenImageProcessor
+from ril_jax.data.tiles import TileImageProcessor
 from ril_jax.errors import InputError
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+_TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL_TOKENS = {  # of each family, as far as a small model needs them
+    QWEN: (*_TURNS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+    INTERNVL: (*_TURNS, *INTERNVL_TOKEN_NAMES.values()),
+}
 
 # How Qwen2's tokenizers split text before byte-pair merging: contractions, words with one leading character (mostly a
 # space), single digits, runs of punctuation, white space.
@@ -25,16 +24,16 @@ _PRE_TOKENS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Qwen2.5-VL's turns, without its default system prompt: a small model's context is better spent on the image.
+# The turns of both families, without Qwen's default system prompt: a small model's context is better spent on images.
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 <|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
-<|vision_start|><|image_pad|><|vision_end|>
+{{ 'IMAGE' }}
 {%- elif part['type'] == 'video' or 'video' in part -%}
-<|vision_start|><|video_pad|><|vision_end|>
+{{ 'VIDEO' }}
 {%- elif 'text' in part -%}
 {{ part['text'] }}
 {%- endif -%}
@@ -44,6 +43,10 @@ _CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}<|im_start|>assistant
 {% endif -%}
 """
+_WRITTEN = {  # what the template puts for an image and for a video, jinja strings
+    QWEN: ("<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"),
+    INTERNVL: ("<IMG_CONTEXT>\\n", "<video>\\n"),
+}
 
 
 def build_tokenizer(
@@ -51,17 +54,20 @@ def build_tokenizer(
     texts: Iterable[str],
     *,
     vocab_size: int = 1024,
-    min_pixels: int = 28 * 28,
-    max_pixels: int = 12 * 12 * 28 * 28,
+    images: QwenImageProcessor | TileImageProcessor | None = None,
 ) -> Tokenizer:
-    """Train a byte-level BPE in which each word of `texts` is one token, and write it as Qwen2.5-VL's files.
+    """Train a byte-level BPE in which each word of `texts` is one token, and write it as a released model's files.
 
-    `vocab_size` is an upper bound: merging stops when all words are whole. Special tokens come last, as in Qwen's
-    vocabulary. Written are tokenizer.json, tokenizer_config.json with the chat template, preprocessor_config.json
-    (images between `min_pixels` and `max_pixels` with sides that are multiples of 28 pass unscaled) and
+    `vocab_size` is an upper bound: merging stops when all words are whole. Special tokens come last, as in the released
+    vocabularies. `images` decides the family whose tokens and template are written, and how images are processed:
+    Qwen2.5-VL's (by default without scaling images whose sides are multiples of 28), or InternVL3's in the `-hf` form.
+    Written are tokenizer.json, tokenizer_config.json with the chat template, the processor's files and
     generation_config.json; transformers' AutoTokenizer and AutoImageProcessor load the folder.
     Raises InputError if `vocab_size` is too small to hold every word.
     """
+    images = images or QwenImageProcessor(min_pixels=28 * 28, max_pixels=12 * 12 * 28 * 28)
+    family = INTERNVL if isinstance(images, TileImageProcessor) else QWEN
+    specials = SPECIAL_TOKENS[family]
     texts = [unicodedata.normalize("NFC", text) for text in texts]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -74,7 +80,7 @@ def build_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        vocab_size=vocab_size - len(specials),
         min_frequency=1,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -87,31 +93,35 @@ def build_tokenizer(
             f"vocab_size {vocab_size} is too small: {len(split)} words of the texts are not single tokens,"
             f" {split[0]!r} among them; raise it by about {4 * len(split)}"
         )
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    _write(folder / "tokenizer_config.json", _tokenizer_config(tokenizer))
-    _write(folder / "preprocessor_config.json", _preprocessor_config(min_pixels, max_pixels))
-    ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    _write(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, family))
+    for name, content in images.files().items():
+        _write(folder / name, content)
+    ids = {token: tokenizer.token_to_id(token) for token in specials}
     end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
     _write(folder / "generation_config.json", {"eos_token_id": [end, pad], "pad_token_id": pad, "do_sample": False})
     return tokenizer
 
 
-def _tokenizer_config(tokenizer: Tokenizer) -> dict:
+def _tokenizer_config(tokenizer: Tokenizer, family: Family) -> dict:
+    specials = SPECIAL_TOKENS[family]
+    image, video = _WRITTEN[family]
     added = {}
-    for token in SPECIAL_TOKENS:
+    for token in specials:
         flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
         added[str(tokenizer.token_to_id(token))] = {"content": token, **flags}
+    named = INTERNVL_TOKEN_NAMES if family == INTERNVL else {}
     return {
         "tokenizer_class": "Qwen2Tokenizer",
         "add_prefix_space": False,
         "added_tokens_decoder": added,
-        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "additional_special_tokens": list(specials[1:]),
         "bos_token": None,
-        "chat_template": _CHAT_TEMPLATE,
+        "chat_template": _CHAT_TEMPLATE.replace("IMAGE", image).replace("VIDEO", video),
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|im_end|>",
         "errors": "replace",
@@ -119,26 +129,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict:
         "pad_token": "<|endoftext|>",
         "split_special_tokens": False,
         "unk_token": None,
-    }
-
-
-def _preprocessor_config(min_pixels: int, max_pixels: int) -> dict:
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "merge_size": 2,
-        "min_pixels": min_pixels,
-        "max_pixels": max_pixels,
-        "patch_size": 14,
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels},
-        "temporal_patch_size": 2,
+        **named,
     }
 
 

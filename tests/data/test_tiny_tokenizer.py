@@ -1,15 +1,24 @@
-"""The tokenizer trained at set-up: loads as Qwen's classes do, and each word of the task is one token."""
+"""The tokenizer trained at set-up: loads as the released ones do, and each word of the task is one token."""
 
 import json
 
 import numpy as np
 import pytest
+from helpers.internvl_folder import HF_TEMPLATE, Reference
+from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.models.qwen2 import Qwen2Tokenizer
 
 from ril_jax.data import synthetic
-from ril_jax.data.tiny_tokenizer import SPECIAL_TOKENS, build_tokenizer
+from ril_jax.data.chat import ChatTokenizer
+from ril_jax.data.families import INTERNVL, QWEN
+from ril_jax.data.tiles import TileImageProcessor
+from ril_jax.data.tiny_tokenizer import SPECIAL_TOKENS as SPECIAL_TOKENS_OF
+from ril_jax.data.tiny_tokenizer import build_tokenizer
 from ril_jax.errors import InputError
+
+SPECIAL_TOKENS = SPECIAL_TOKENS_OF[QWEN]
+TILES = TileImageProcessor(tile_size=28)
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +31,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def internvl_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("internvl_tokenizer")
+    build_tokenizer(folder, synthetic.vocabulary_texts(), images=TILES)
+    return folder
 
 
 def responses(examples):
@@ -112,3 +128,60 @@ def test_a_vocabulary_too_small_for_the_words_is_refused(tmp_path):
     with pytest.raises(InputError, match="vocab_size 300 is too small"):
         build_tokenizer(tmp_path, synthetic.vocabulary_texts(), vocab_size=300)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- InternVL
+
+
+def test_internvl_form_differs_in_special_tokens_alone(folder, internvl_folder):
+    ours, qwen = (AutoTokenizer.from_pretrained(f) for f in (internvl_folder, folder))
+    text = "how many red rings? so 3\n"
+    assert ours(text)["input_ids"] == qwen(text)["input_ids"]
+    special = SPECIAL_TOKENS_OF[INTERNVL]
+    ids = [ours.convert_tokens_to_ids(token) for token in special]
+    assert ids == list(range(len(ours) - len(special), len(ours)))
+    assert ours("".join(special))["input_ids"] == ids
+    assert ours.decode(ids, skip_special_tokens=True) == ""
+
+
+def test_internvl_template_writes_what_the_released_one_writes(internvl_folder):
+    tokenizer = AutoTokenizer.from_pretrained(internvl_folder)
+    released = AutoTokenizer.from_pretrained(internvl_folder, chat_template=HF_TEMPLATE)
+    for messages in (
+        [{"role": "user", "content": "how many rings?"}],
+        [
+            {"role": "system", "content": "be short"},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " how many rings? "}]},
+            {"role": "assistant", "content": "so 2"},
+            {"role": "user", "content": [{"type": "text", "text": "and\n"}, {"type": "image"}, {"type": "video"}]},
+        ],
+    ):
+        for add in (True, False):
+            ours, theirs = (
+                t.apply_chat_template(messages, tokenize=False, add_generation_prompt=add)
+                for t in (tokenizer, released)
+            )
+            assert ours == theirs
+
+
+def test_internvl_folder_is_read_by_internvl_processor_and_by_the_chat_alike(internvl_folder):
+    hf = Reference(
+        AutoImageProcessor.from_pretrained(internvl_folder, backend="pil"),
+        AutoTokenizer.from_pretrained(internvl_folder),
+        json.loads((internvl_folder / "processor_config.json").read_text())["image_seq_length"],
+    )
+    chat = ChatTokenizer.from_pretrained(internvl_folder)
+    assert chat.image_processor == TILES
+    for example in synthetic.RIL.draw(0, 20, split="ril"):
+        image = Image.fromarray(example.image)
+        messages = chat.messages(example.ask.text, 1, name="question")
+        rendered = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        out = hf(images=[image], text=[rendered], return_tensors="np")
+        encoded = chat.encode_prompt(messages, [image], name="question")
+        assert encoded.token_ids.tolist() == out["input_ids"][0].tolist()
+        # Tiles of a cell each, unscaled, and the thumbnail.
+        height, width = example.image.shape[:2]
+        assert encoded.images[0].num_tokens == height * width // 28**2 + 1
+        cells = example.image.reshape(height // 28, 28, width // 28, 28, 3).swapaxes(1, 2).reshape(-1, 28, 28, 3)
+        pixels = encoded.images[0].source.reshape(-1, 2, 2, 3, 14, 14)
+        np.testing.assert_array_equal(np.einsum("tijcpq->tipjqc", pixels).reshape(-1, 28, 28, 3)[:-1], cells)
