@@ -1,66 +1,42 @@
-"""Hugging Face checkpoints in and out: safetensors only, every key layout, tensor by tensor into its sharding."""
+"""Hugging Face checkpoints in and out: safetensors only, every key layout, tensor by tensor into its sharding.
 
-import json
+Reading holds on the host, beside the parameters themselves where those are there, at most one tensor of the file and
+the `STAGING` bytes of several smaller ones; writing at most one tensor.
+"""
+
+import functools
 import math
-import mmap
-from collections.abc import Callable, Iterable, Mapping
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ril_jax.errors import InputError
-from ril_jax.models.hub_names import export_name, hub_names
+from ril_jax.models.hub_names import export_name
 from ril_jax.models.parameters import Network, Params, ParamSpec
+from ril_jax.models.tensor_files import Entry, SafetensorsFolder, write_folder
 
-_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
-}  # fmt: skip
+STAGING = 64 << 20  # bytes of tensors on their way to a device, unless a single one is larger
+_ALIGNMENT = 64  # bytes, of what JAX uses on the CPU as it is
+_BLOCK = 4 << 20  # bytes that a thread reads at once where it keeps them in another order, or only some
+_THREADS = min(8, os.cpu_count() or 1)
+_TILE = (256, 256)  # of a transposition on the host: both sides stay in the cache
+_UNUSED = ("visual", "vision_tower", "multi_modal_projector", "lm_head", "score")  # of networks with tower or head
 
 
-class SafetensorsFolder:
-    """The tensors of an HF folder by hub-layout name, memory-mapped; nothing is read until it is asked for."""
+class Target(NamedTuple):
+    """A place that a tensor of the file goes to: a parameter, and which layer of it (None: all)."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        self._entries: dict[str, tuple[Path, np.dtype, tuple[int, ...], int]] = {}
-        self._maps: dict[Path, mmap.mmap] = {}
-        for path in _shard_paths(self.folder):
-            header, start = _read_header(path)
-            for key, entry in header.items():
-                if key == "__metadata__":
-                    continue
-                if entry["dtype"] not in _DTYPES:
-                    raise InputError(f"{path}: tensor {key} has dtype {entry['dtype']}, which is not supported")
-                dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-                names, (begin, stop) = hub_names(key), entry["data_offsets"]
-                if len(names) > 1:  # parts of the rows, and so of the bytes
-                    shape = (shape[0] // len(names), *shape[1:])
-                for i, name in enumerate(names):
-                    self._entries[name] = (path, dtype, shape, start + begin + i * (stop - begin) // len(names))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
-
-    def names(self) -> Iterable[str]:
-        return self._entries.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name][2]
-
-    def read(self, name: str) -> np.ndarray:
-        """A view of the file's bytes; copy it to keep it."""
-        path, dtype, shape, offset = self._entries[name]
-        if path not in self._maps:
-            with path.open("rb") as file:
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return np.frombuffer(self._maps[path], dtype, math.prod(shape), offset).reshape(shape)
+    name: str
+    layer: int | None
 
 
 def load_params(
@@ -68,35 +44,35 @@ def load_params(
     network: Network,
     *,
     dtype: Any = jnp.float32,
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    shardings: Mapping[str, Sharding] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    staging: int = STAGING,
 ) -> Params:
     """Read a checkpoint into the network's parameters, each straight into its sharding and dtype.
 
-    A file without `lm_head` gives a network with an untied head its embedding (transformers' tie rule); parameters that
-    no HF file has (the discriminator's head) keep their initial value, zero.
+    Files are read in order, and of each tensor only what this process's devices hold. Stacked parameters are filled
+    layer by layer in place. `progress(done, total)` is called with bytes of the files after every tensor. A file
+    without `lm_head` gives a network with an untied head its embedding (transformers' tie rule); parameters that no HF
+    file has (the discriminator's head) keep their initial value, zero.
 
-    Raises: InputError that lists every missing and misshaped key at once, or names a truncated or corrupt shard.
+    Raises: InputError that lists every missing, misshaped and unknown key at once, or names a truncated or corrupt
+    shard.
     """
     source = SafetensorsFolder(folder)
-    aliases = {}
-    if "lm_head.weight" not in source and "model.embed_tokens.weight" in source:
-        aliases["lm_head.weight"] = "model.embed_tokens.weight"
-    _check_keys(source, network, aliases)
-    params: Params = {}
-    for i, (name, spec) in enumerate(network.specs.items()):
-        array_dtype = np.dtype(dtype)
-
-        def read(index, spec=spec, array_dtype=array_dtype):
-            return _read_slice(source, spec, index, array_dtype, aliases)
-
-        if shardings is None:
-            params[name] = jnp.asarray(read((slice(None),) * len(spec.shape)))
-        else:
-            params[name] = jax.make_array_from_callback(spec.shape, shardings[name], read)
-        if progress is not None:
-            progress(i + 1, len(network.specs))
-    return params
+    wanted = _targets(source, network)
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    where = {name: here if shardings is None else shardings[name] for name in network.specs}
+    total, done = sum(entry.nbytes for _, entry, _ in wanted), 0
+    largest = max(entry.nbytes for _, entry, _ in wanted)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        loader = _Loader(source, network, np.dtype(dtype), where, max(staging, largest), staging, threads)
+        for key, entry, targets in wanted:
+            for target in targets:
+                loader.read(key, entry, target)
+            done += entry.nbytes
+            if progress is not None:
+                progress(done, total)
+        return loader.finish()
 
 
 def has_own_head(folder: str | Path) -> bool:
@@ -110,144 +86,374 @@ def save_params(
     params: Mapping[str, Any],
     *,
     family: str = "qwen2_5_vl",
+    dtype: Any = None,
+    rest: SafetensorsFolder | None = None,
     max_shard_bytes: int = 5 * 10**9,
-):
-    """Write the parameters in the family's hub layout, in shards with an index where one file would be too large."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    sizes = []
+) -> None:
+    """Write the network's parameters in the family's hub layout, in shards with an index where one would be too large.
+
+    `params` are arrays of JAX or numpy in any sharding; those that it lacks are taken from the checkpoint `rest`.
+    Everything is written in `dtype`, by default that of `params`. Where several processes run, all must call this;
+    the first one writes. Raises InputError where `rest` does not fit the network.
+    """
+    if rest is not None:
+        _targets(rest, network)
+    if dtype is None:
+        dtype = next(iter(params.values())).dtype
+    tensors, places = [], {}
     for name, spec in network.specs.items():
-        if not spec.hf:
-            continue
-        itemsize = np.dtype(params[name].dtype).itemsize
-        for layer in range(spec.shape[0]) if spec.stacked else [None]:
-            sizes.append((name, layer, math.prod(spec.hf_shape) * itemsize))
-    shards: list[list[tuple[str, int | None]]] = [[]]
-    room = max_shard_bytes
-    for name, layer, size in sizes:
-        if size > room and shards[-1]:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append((name, layer))
-        room -= size
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, layer in shard:
-            spec, value = network.specs[name], params[name]
-            key = export_name(spec.hf if layer is None else spec.hf.format(layer=layer), family)
-            tensors[key] = spec.to_hf(np.asarray(value if layer is None else value[layer]))
-            weight_map[key] = file
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(size for *_, size in sizes)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+        for key, layer in _keys(spec):
+            exported = export_name(key, family)
+            tensors.append((exported, spec.hf_shape, np.dtype(dtype)))
+            places[exported] = (key, Target(name, layer))
+
+    def get(exported: str) -> np.ndarray:
+        key, (name, layer) = places[exported]
+        if name in params:
+            return _to_host(network.specs[name], params[name], layer)
+        assert rest is not None, f"no value for {name}"
+        return rest.read(key)
+
+    if jax.process_index() == 0:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_folder(folder, tensors, get, max_shard_bytes=max_shard_bytes)
+    else:  # what is spread over processes is brought together by all of them
+        for exported, *_ in tensors:
+            if places[exported][1].name in params:
+                get(exported)
 
 
 def resolve(name: str | Path) -> Path:
-    """A local folder as it is; anything else is a hub id and is downloaded (safetensors, configs, tokenizer files)."""
+    """A local folder as it is; else a hub id, `owner/model` or `owner/model@revision`, is downloaded.
+
+    What is fetched: safetensors, configs, tokenizer and processor files, licence. Raises InputError without a network
+    and a copy from before.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if len(Path(name).parts) != 2 or str(name).startswith((".", "/", "~")):
-        raise InputError(f"checkpoint {name}: no such folder; name a Hugging Face folder or a hub id 'owner/model'")
+    parts = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", str(name))
+    if parts is None:
+        raise InputError(
+            f"checkpoint {name}: no such folder; name a Hugging Face folder or a hub id 'owner/model[@revision]'"
+        )
     from huggingface_hub import snapshot_download
 
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "LICENSE*"]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
+        return Path(snapshot_download(parts[1], revision=parts[2], allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"checkpoint {name}: no such folder, and the hub could not give it ({reason})") from None
 
 
-def _read_slice(source, spec: ParamSpec, index, dtype, aliases) -> np.ndarray:
-    if not spec.hf or (spec.hf.startswith("score.") and spec.hf not in source):
-        return np.zeros(_sliced_shape(spec.shape, index), dtype)
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader:
+    """Parameters that are being filled.
+
+    Small ones are put together on the host and placed at the end. Of a large one each tensor goes through a buffer to
+    the devices by itself, and is written into the stacked array there. Devices also transpose and cast, which costs
+    them nothing; only where the "device" is this host's CPU, whose compiler transposes slowly, the host transposes
+    while reading. The buffer holds the largest tensor or several small ones, and is used again and again: on many
+    machines touching fresh memory takes longer than reading the file.
+    """
+
+    def __init__(
+        self,
+        source: SafetensorsFolder,
+        network: Network,
+        dtype: np.dtype,
+        shardings: Mapping[str, Sharding],
+        buffer: int,
+        small: int,
+        threads: ThreadPoolExecutor,
+    ):
+        self._source, self._specs, self._dtype, self._shardings = source, network.specs, dtype, shardings
+        self._small = {
+            name: aligned_empty(spec.shape, dtype) for name, spec in _smallest(network.specs, dtype.itemsize, small)
+        }
+        for values in self._small.values():
+            values.fill(0)
+        self._params: Params = {}
+        self._buffer = aligned_empty((buffer + _ALIGNMENT * jax.local_device_count(),), np.dtype(np.uint8))
+        self._used, self._under_way = 0, set[str]()
+        self._threads, self._own = threads, threading.local()
+
+    def read(self, key: str, entry: Entry, target: Target) -> None:
+        """Read one tensor of the file to where it belongs."""
+        name, spec = target.name, self._specs[target.name]
+        if name in self._small:
+            values = spec.from_hf(self._source.read(key))
+            self._small[name][... if target.layer is None else target.layer] = values
+            return
+        full = self._shardings[name]
+        here = _transposes_here(full)
+        perm = tuple(range(len(spec.hf_perm))) if here else spec.hf_perm
+        if target.layer is not None:
+            piece = self._piece(key, entry, spec, _without_layers(full), transpose=here, keep=False)
+            stack = self._params.get(name)
+            if stack is None:
+                stack = _zeros(full, spec.shape, self._dtype)()
+            self._params[name] = _place(full, perm)(stack, piece, np.int32(target.layer))
+        elif here and entry.dtype == self._dtype:
+            self._params[name] = self._piece(key, entry, spec, full, transpose=here, keep=True)
+        else:
+            piece = self._piece(key, entry, spec, full, transpose=here, keep=False)
+            self._params[name] = _convert(full, perm, self._dtype)(piece)
+        self._under_way.add(name)
+
+    def finish(self) -> Params:
+        """All parameters, in the network's order."""
+        for name, values in self._small.items():
+            self._params[name] = jax.make_array_from_callback(values.shape, self._shardings[name], values.__getitem__)
+        return jax.block_until_ready({name: self._params[name] for name in self._specs})
+
+    def _piece(
+        self, key: str, entry: Entry, spec: ParamSpec, sharding: Sharding, *, transpose: bool, keep: bool
+    ) -> jax.Array:
+        """One tensor on the devices, in the file's order of axes (split) or, if `transpose`, in the parameter's.
+
+        It is in the buffer, where the host is the device, unless `keep`.
+        """
+        shape = tuple(spec.hf_split[axis] for axis in spec.hf_perm) if transpose else spec.hf_split
+        if not transpose:
+            sharding = _permuted(sharding, spec.hf_perm)
+        dtype = np.dtype(np.float32) if entry.dtype == np.float64 else entry.dtype
+        axes = np.argsort(spec.hf_perm) if transpose else np.arange(len(shape))
+        # The parts of this process, by where they begin and end; devices may share one.
+        ranges = dict.fromkeys(
+            _ranges(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()
+        )
+        shapes = [tuple(stop - start for start, stop in part) for part in ranges]
+        parts = [aligned_empty(shape, dtype) for shape in shapes] if keep else self._in_buffer(shapes, dtype)
+        by_ranges = dict(zip(ranges, parts, strict=True))
+        views = [(tuple(part[a] for a in axes), values.transpose(axes)) for part, values in by_ranges.items()]
+        self._fill(key, entry, spec.hf_split, views)
+        return jax.make_array_from_callback(shape, sharding, lambda index: by_ranges[_ranges(index, shape)])
+
+    def _in_buffer(self, shapes: list[tuple[int, ...]], dtype: np.dtype) -> list[np.ndarray]:
+        """Room for arrays in the buffer; waits for what was there where it is full."""
+        sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+        strides = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        if self._used + sum(strides) > self._buffer.size:
+            jax.block_until_ready([self._params[name] for name in self._under_way])
+            self._used, self._under_way = 0, set()
+        arrays = []
+        for shape, size, stride in zip(shapes, sizes, strides, strict=True):
+            arrays.append(self._buffer[self._used : self._used + size].view(dtype).reshape(shape))
+            self._used += stride
+        return arrays
+
+    def _fill(self, key: str, entry: Entry, shape: tuple[int, ...], views: list[tuple[tuple, np.ndarray]]) -> None:
+        """Fill each view with its ranges of the tensor, seen as `shape`; what several need is read once."""
+        row_bytes = entry.nbytes // shape[0]
+        first, last = min(ranges[0][0] for ranges, _ in views), max(ranges[0][1] for ranges, _ in views)
+        whole_rows = all(r == (0, size) for r, size in zip(views[0][0][1:], shape[1:], strict=True))
+        as_it_is = views[0][1].flags.c_contiguous and views[0][1].dtype == entry.dtype
+        step = max(1, _BLOCK // row_bytes)
+
+        def read(begin: int) -> None:
+            end = min(begin + step, last)
+            if len(views) == 1 and whole_rows and as_it_is:
+                self._source.read_bytes(key, begin * row_bytes, views[0][1][begin - first : end - first])
+                return
+            if not hasattr(self._own, "block") or self._own.block.size < step * row_bytes:
+                self._own.block = np.empty(step * row_bytes, np.uint8)
+            rows = self._own.block[: (end - begin) * row_bytes].view(entry.dtype).reshape(end - begin, *shape[1:])
+            self._source.read_bytes(key, begin * row_bytes, rows)
+            for ((start, stop), *others), view in views:
+                low, high = max(begin, start), min(end, stop)
+                if low < high:
+                    columns = tuple(slice(*r) for r in others)
+                    _copy(view[low - start : high - start], rows[(slice(low - begin, high - begin), *columns)])
+
+        for _ in self._threads.map(read, range(first, last, step)):
+            pass
+
+
+def _transposes_here(sharding: Sharding) -> bool:
+    devices: set[Any] = sharding.device_set
+    return all(device.platform == "cpu" for device in devices)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX can use on the CPU as it is, without a copy."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _copy(to: np.ndarray, rows: np.ndarray) -> None:
+    """to[...] = rows, in tiles where the two run along different axes."""
+    if to.dtype == rows.dtype:  # numpy copies its own types without the interpreter's lock
+        to, rows = (a.view(f"u{a.itemsize}") for a in (to, rows))
+    along_to, along_rows = int(np.argmin(to.strides)), rows.ndim - 1
+    if along_to == along_rows:
+        to[...] = rows
+        return
+    to, rows = (np.moveaxis(a, (along_to, along_rows), (-2, -1)) for a in (to, rows))
+    height, width = _TILE
+    for others in np.ndindex(rows.shape[:-2]):
+        for i in range(0, rows.shape[-2], height):
+            for j in range(0, rows.shape[-1], width):
+                tile = (*others, slice(i, i + height), slice(j, j + width))
+                to[tile] = rows[tile]
+
+
+def _smallest(specs: Mapping[str, ParamSpec], itemsize: int, room: int) -> Iterator[tuple[str, ParamSpec]]:
+    """The smallest parameters that fit into `room` bytes together, and those that no file has, which are tiny."""
+    for name, spec in sorted(specs.items(), key=lambda item: math.prod(item[1].shape)):
+        room -= math.prod(spec.shape) * itemsize
+        if room >= 0 or not spec.hf or spec.hf.startswith("score."):
+            yield name, spec
+
+
+def _ranges(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    assert index is not None
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _without_layers(sharding: Sharding) -> Sharding:
+    """The sharding of one layer of a stacked parameter, whose layers are not spread."""
+    if isinstance(sharding, NamedSharding):
+        assert not sharding.spec or sharding.spec[0] is None, "the layers of a stacked parameter are never sharded"
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+def _permuted(sharding: Sharding, perm: tuple[int, ...]) -> Sharding:
+    """The sharding in which x has to lie so that x.transpose(perm) lies in `sharding`."""
+    if isinstance(sharding, NamedSharding):
+        parts = [*sharding.spec, *[None] * (len(perm) - len(sharding.spec))]
+        return NamedSharding(sharding.mesh, PartitionSpec(*(parts[i] for i in np.argsort(perm))))
+    return sharding
+
+
+# One program for each shape and sharding; the caches keep jit from building them again for the next checkpoint.
+
+
+@functools.cache
+def _zeros(sharding: Sharding, shape: tuple[int, ...], dtype: np.dtype):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+
+
+@functools.cache
+def _place(sharding: Sharding, perm: tuple[int, ...]):
+    def place(stack, tensor, layer):
+        return jax.lax.dynamic_update_index_in_dim(stack, tensor.transpose(perm).astype(stack.dtype), layer, axis=0)
+
+    return jax.jit(place, donate_argnums=0, out_shardings=sharding)
+
+
+@functools.cache
+def _convert(sharding: Sharding, perm: tuple[int, ...], dtype: np.dtype):
+    return jax.jit(lambda tensor: tensor.transpose(perm).astype(dtype), out_shardings=sharding)
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def _keys(spec: ParamSpec) -> Iterator[tuple[str, int | None]]:
+    """The canonical keys of a parameter in a file, with the layer that each is; none where no file has it."""
+    if not spec.hf:
+        return
     if not spec.stacked:
-        return spec.from_hf(source.read(aliases.get(spec.hf, spec.hf)))[index].astype(dtype)
-    layers = range(*index[0].indices(spec.shape[0]))
-    out = np.empty(_sliced_shape(spec.shape, index), dtype)
-    for i, layer in enumerate(layers):
-        out[i] = spec.from_hf(source.read(spec.hf.format(layer=layer)))[index[1:]]
-    return out
+        yield spec.hf, None
+        return
+    for layer in range(spec.shape[0]):
+        yield spec.hf.format(layer=layer), layer
 
 
-def _sliced_shape(shape, index) -> tuple[int, ...]:
-    return tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
-
-
-def _check_keys(source: SafetensorsFolder, network: Network, aliases: Mapping[str, str]) -> None:
-    missing, misshaped, wanted = [], [], set()
-    for spec in network.specs.values():
-        if not spec.hf or (spec.hf.startswith("score.") and spec.hf not in source):
-            continue
-        for layer in range(spec.shape[0]) if spec.stacked else [None]:
-            key = spec.hf if layer is None else spec.hf.format(layer=layer)
-            wanted.add(key)
-            key = aliases.get(key, key)
+def _targets(source: SafetensorsFolder, network: Network) -> list[tuple[str, Entry, list[Target]]]:
+    """What is to be read, in the order of the files. Raises InputError for keys that do not fit."""
+    missing, misfit = [], []
+    found: dict[str, list[Target]] = {}
+    for name, spec in network.specs.items():
+        for key, layer in _keys(spec):
+            if key.startswith("score.") and key not in source:
+                continue  # a head that starts at zero
+            if key == "lm_head.weight" and key not in source:
+                key = "model.embed_tokens.weight"
             if key not in source:
                 missing.append(key)
-            elif source.shape(key) != spec.hf_shape:
-                misshaped.append(f"{key} {list(source.shape(key))} instead of {list(spec.hf_shape)}")
-    # Heads and towers that this network does not use are no fault; further layers are.
-    known = {pattern for spec in network.specs.values() if (pattern := spec.hf.partition("{layer}")[0]) != spec.hf}
-    extra = sorted(k for k in source.names() if k not in wanted and k.startswith(tuple(known)) and "inv_freq" not in k)
+                continue
+            entry = source.entry(key)
+            if entry.shape != spec.hf_shape:
+                misfit.append((key, f"{list(entry.shape)} instead of {list(spec.hf_shape)}"))
+            elif not jnp.issubdtype(entry.dtype, jnp.floating) or entry.dtype.itemsize < 2:
+                misfit.append((key, f"{entry.dtype}, which is quantized"))
+            found.setdefault(key, []).append(Target(name, layer))
+    roots = {_root(spec.hf) for spec in network.specs.values()}
+    unused = [root for root in _UNUSED if root not in roots]
+    extra = [k for k in source.names() if k not in found and _root(k) not in unused and "inv_freq" not in k]
     problems = []
     if missing:
-        problems.append(f"missing: {', '.join(sorted(missing))}")
-    if misshaped:
-        problems.append(f"of the wrong shape: {', '.join(sorted(misshaped))}")
+        problems.append(f"missing: {', '.join(_by_layer((key, '') for key in missing))}")
+    if misfit:
+        problems.append(f"of the wrong shape or dtype: {', '.join(_by_layer(misfit))}")
     if extra:
-        problems.append(f"not known: {', '.join(extra)}")
+        problems.append(f"not known: {', '.join(_by_layer((key, '') for key in extra))}")
     if problems:
         raise InputError(f"{source.folder}: the checkpoint does not fit its config.json; {'; '.join(problems)}")
+    entries = [(key, source.entry(key), targets) for key, targets in found.items()]
+    return sorted(entries, key=lambda item: (item[1].path, item[1].offset))
 
 
-def _shard_paths(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{index}: not a valid index ({error}); fetch the file again") from None
-        absent = [file for file in files if not (folder / file).exists()]
-        if absent:
-            raise InputError(
-                f"{folder}: shards that the index names are missing: {', '.join(absent)}; fetch them again"
-            )
-        return [folder / file for file in files]
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        other = (
-            "only pickled weights (*.bin), which are never loaded; convert them"
-            if any(folder.glob("*.bin"))
-            else "none"
-        )
-        raise InputError(f"{folder}: no *.safetensors files in it ({other})")
-    return paths
+def _root(key: str) -> str:
+    return key.partition(".")[0]
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and where its data starts; checks that the data is all there."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise InputError(
-                f"{path}: truncated or corrupt (header of {length} bytes in a file of {size}); fetch it again"
-            )
-        try:
-            header = json.loads(file.read(length))
-            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-            for key, entry in header.items():
-                if key != "__metadata__":
-                    begin, stop = entry["data_offsets"]
-                    known = _DTYPES.get(entry["dtype"])
-                    if known is not None and stop - begin != math.prod(entry["shape"]) * np.dtype(known).itemsize:
-                        raise ValueError(f"tensor {key} has {stop - begin} bytes for shape {entry['shape']}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: corrupt header ({error}); fetch it again") from None
-    if 8 + length + end > size:
-        raise InputError(f"{path}: truncated, {size} bytes of {8 + length + end}; fetch it again")
-    return header, 8 + length
+def _by_layer(keys) -> list[str]:
+    """Keys with what is to be said of each, in order; those that differ in the layer alone become one."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for key, words in sorted(keys):
+        parts = re.fullmatch(r"(.*?\.)(\d+)(\..*)", key)
+        before, number, after = parts.groups() if parts else (key, "-1", "")
+        groups.setdefault((before, after, words), []).append(int(number))
+    named = []
+    for (before, after, words), layers in groups.items():
+        inner = "" if layers == [-1] else _spans(sorted(layers))
+        named.append(f"{before}{inner}{after} {words}".rstrip())
+    return named
+
+
+def _spans(numbers: list[int]) -> str:
+    """3 for one number, {0-27} or {0-3,7} for several."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return str(numbers[0]) if len(numbers) == 1 else f"{{{','.join('-'.join(map(str, span)) for span in spans)}}}"
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _to_host(spec: ParamSpec, value: Any, layer: int | None) -> np.ndarray:
+    """One tensor of a checkpoint, in the file's layout, as an array of the host."""
+    if isinstance(value, jax.Array) and not _is_on_host(value):
+        # A new array, since an array keeps the copy that the host has asked of it for as long as it lives.
+        return np.asarray(_tensor(value.sharding, spec, layer is not None)(value, np.int32(layer or 0)))
+    value = np.asarray(value)
+    return spec.to_hf(value if layer is None else value[layer])
+
+
+def _is_on_host(value: jax.Array) -> bool:
+    return len(value.devices()) == 1 and all(device.platform == "cpu" for device in value.devices())
+
+
+@functools.cache
+def _tensor(sharding: Sharding, spec: ParamSpec, of_layer: bool):
+    def tensor(value, layer):
+        one = jax.lax.dynamic_index_in_dim(value, layer, 0, keepdims=False) if of_layer else jnp.copy(value)
+        return one.transpose(np.argsort(spec.hf_perm)).reshape(spec.hf_shape)
+
+    mesh = getattr(sharding, "mesh", None)
+    everywhere = sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(tensor, out_shardings=everywhere)

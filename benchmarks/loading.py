@@ -1,0 +1,194 @@
+"""Loading a checkpoint against reading its files: rate in GB/s, and memory of the host above the parameters.
+
+    python benchmarks/loading.py --size=7b --layers=4 --repeats=3
+
+Method. A checkpoint with the tensors of Qwen2.5-VL of that size (its full widths and vocabulary, `--layers` layers of
+decoder and tower each) is written in bfloat16 into a temporary folder, in shards of at most 1 GB with an index. The
+reference is one pass over the shards in order with reads of 16 MiB into one buffer. Cold means that the files' pages
+were given up before (posix_fadvise, after fsync), warm that they had just been read; the disk below may have caches of
+its own, which is the same for both sides. Each load is a process of its own, and is timed without importing and
+without what a first tiny load compiles or allocates; programs for the large shapes are compiled within the time.
+GB are 10^9 bytes of the files. Host memory is the highest resident size while loading (VmHWM, reset before) less the
+resident size before, less the parameters, which lie on the host where the device is the CPU; its bound is the largest
+tensor of the files plus the fixed buffer that is stated. Every load is checked: the sum of a sample of the values
+against the files.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from ril_jax.models.config import ModelConfig
+from ril_jax.models.hub import load_params
+from ril_jax.models.parameters import Network
+from ril_jax.models.tensor_files import SafetensorsFolder, write_folder
+from ril_jax.models.vlm import VisionLanguageModel
+
+FIXED = 256 << 20  # bytes: staging, small parameters, the compiler, and the heap's own leftovers
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="7b", help="of Qwen2.5-VL")
+    parser.add_argument("--layers", type=int, default=4, help="of the decoder and of the tower")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", help="where to write; needs the room of the checkpoint (default: temporary)")
+    parser.add_argument("--child", nargs=2, metavar=("CHECKPOINT", "DTYPE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args, *args.child)
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        measure(args, Path(folder))
+
+
+def measure(args: argparse.Namespace, folder: Path) -> None:
+    write_checkpoint(folder, network_of(args))
+    source = SafetensorsFolder(folder)
+    entries = [source.entry(name) for name in source.names()]
+    total, largest = sum(e.nbytes for e in entries), max(e.nbytes for e in entries)
+    shards = sorted(folder.glob("*.safetensors"))
+    print(f"{total / 1e9:.2f} GB in {len(shards)} shards, largest tensor {largest / 1e9:.2f} GB", flush=True)
+    print(f"bound of host memory above the parameters: {(largest + FIXED) / 1e9:.2f} GB\n")
+    print("| cache | what | GB/s: median (min-max) | share of reading | host memory above the parameters, GB |")
+    print("|---|---|---|---|---|")
+    for cache in ("cold", "warm"):
+        reading = []
+        runs: dict[str, list[dict]] = {"bfloat16": [], "float32": []}
+        for _ in range(args.repeats):  # the three alternate
+            forget(shards) if cache == "cold" else read(shards)
+            reading.append(total / read(shards) / 1e9)
+            for dtype, results in runs.items():
+                forget(shards) if cache == "cold" else read(shards)
+                results.append(load_apart(args, folder, dtype))
+        print(f"| {cache} | reading the files | {spread(reading)} | 1 | |", flush=True)
+        for dtype, results in runs.items():
+            rates = [total / r["seconds"] / 1e9 for r in results]
+            share = statistics.median(rates) / statistics.median(reading)
+            above = max(r["above"] for r in results)
+            over = " **over the bound**" if above > largest + FIXED else ""
+            print(
+                f"| {cache} | loading as {dtype} | {spread(rates)} | {share:.2f} | {above / 1e9:.2f}{over} |",
+                flush=True,
+            )
+
+
+def network_of(args: argparse.Namespace) -> Network:
+    config = ModelConfig.qwen2_5_vl(args.size)
+    config = dataclasses.replace(
+        config,
+        text=dataclasses.replace(config.text, num_hidden_layers=args.layers),
+        vision=dataclasses.replace(config.vision, depth=args.layers),
+    )
+    return Network(lambda: VisionLanguageModel(config))
+
+
+def write_checkpoint(folder: Path, network: Network) -> None:
+    """Random bytes in the range of real weights; as many as a period long, which no layer's size divides."""
+    noise = np.random.default_rng(0).normal(0, 0.02, 16_777_213).astype(BF16)
+    tensors = [
+        (spec.hf.format(layer=layer), spec.hf_shape, BF16)
+        for spec in network.specs.values()
+        for layer in (range(spec.shape[0]) if spec.stacked else [None])
+    ]
+    # As files are written in the wild: layer after layer, not parameter after parameter.
+    tensors.sort(key=lambda tensor: [int(part) if part.isdigit() else 0 for part in tensor[0].split(".")])
+    shapes = {key: shape for key, shape, _ in tensors}
+    begin = 0
+
+    def get(key: str) -> np.ndarray:
+        nonlocal begin
+        size = int(np.prod(shapes[key]))
+        rolled = np.roll(noise, -begin)
+        begin = (begin + size) % noise.size
+        return np.resize(rolled, size).reshape(shapes[key])
+
+    write_folder(folder, tensors, get, max_shard_bytes=10**9)
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def read(paths: list[Path]) -> float:
+    """Seconds of one pass over the files."""
+    buffer = bytearray(16 << 20)
+    start = time.perf_counter()
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - start
+
+
+def forget(paths: list[Path]) -> None:
+    """Let the system drop the files' pages."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load_apart(args: argparse.Namespace, folder: Path, dtype: str) -> dict:
+    command = [
+        sys.executable,
+        __file__,
+        f"--size={args.size}",
+        f"--layers={args.layers}",
+        "--child",
+        str(folder),
+        dtype,
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def child(args: argparse.Namespace, folder: str, dtype: str) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    network = network_of(args)
+    jax.jit(lambda x: x @ x)(jnp.ones((8, 8))).block_until_ready()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest resident size counts from here
+    start = time.perf_counter()
+    params = load_params(folder, network, dtype=jnp.dtype(dtype))
+    seconds = time.perf_counter() - start
+    peak = resident("VmHWM")
+    on_host = sum(p.nbytes for p in params.values() if all(d.platform == "cpu" for d in p.devices()))
+    check(SafetensorsFolder(folder), network, params)
+    print(json.dumps({"seconds": seconds, "above": peak - before - on_host}))
+
+
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def check(source: SafetensorsFolder, network: Network, params: dict) -> None:
+    """The last layer of every parameter is what the file says."""
+    for name, spec in network.specs.items():
+        value = params[name][-1] if spec.stacked else params[name]
+        key = spec.hf.format(layer=spec.shape[0] - 1)
+        wanted = spec.from_hf(source.read(key))
+        np.testing.assert_array_equal(np.asarray(value[0]), wanted[0].astype(value.dtype), err_msg=name)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+if __name__ == "__main__":
+    main()
