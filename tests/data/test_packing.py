@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import hf_models
+from helpers import hf_internvl, hf_models
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from ril_jax.data.packing import (
+    TileRung,
     VisionRung,
     mrope_positions,
     pack_images,
@@ -20,7 +21,7 @@ from ril_jax.data.packing import (
     window_order,
 )
 from ril_jax.errors import InputError
-from ril_jax.models.config import QwenVisionConfig
+from ril_jax.models.config import InternVisionConfig, ModelConfig, QwenVisionConfig, TextConfig
 
 GRIDS = [(2, 2), (2, 40), (40, 2), (6, 8), (8, 8), (10, 18), (16, 24), (34, 22)]
 
@@ -167,3 +168,82 @@ def test_the_smallest_rung_that_holds_is_picked():
         pick_rung([hf_models.image(rng, 2, 2)] * 10, [VisionRung(81, 10, 64), VisionRung(99, 10, 64)], config).patches
         == 99
     )
+
+
+# ---------------------------------------------------------------- InternVL's tiles
+
+
+def internvl_config(image_size=56):
+    text = TextConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
+    )  # fmt: skip
+    vision = InternVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, out_hidden_size=32,
+        norm="layer_norm", qkv_bias=True, qk_norm=False, image_size=(image_size, image_size),
+    )  # fmt: skip
+    return ModelConfig("internvl", text, vision, image_token_id=hf_models.IMAGE)
+
+
+@pytest.mark.parametrize("size", [56, 84])
+def test_each_placeholder_finds_the_feature_of_its_own_square_of_its_own_tile(size):
+    """Rows of several images, of one, and of text alone; tiles of the position table's size and of another."""
+    rng = np.random.default_rng(5)
+    config = internvl_config()
+    prompts = [
+        hf_internvl.prompt(rng, 3, 2, 1, 4, text_between=0, size=size),
+        hf_internvl.prompt(rng, 5),
+        hf_internvl.prompt(rng, 2, 3, size=size),
+    ]
+    images = [image for p in prompts for image in p.images]
+    rung = pick_rung(images, [TileRung(16), TileRung(12), TileRung(4)], config.vision)
+    batch = pack_prompts(prompts, config, batch=4, prompt_len=128, rung=rung)
+    n = (size // 14) ** 2
+    assert batch.vision.patches.shape == (12, n, 588)
+    assert batch.vision.patches.dtype == np.float32
+    assert rung.num_features(config.vision) == 12 * n // 4
+    tiles = np.concatenate([image.pixels for image in images])  # [10, 3, size, size]
+    # What the tower makes of the buffer, were a feature the pixels that it sees: the square of 28 pixels.
+    side = size // 28
+    squares = tiles.reshape(10, 3, side, 28, side, 28).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * 28 * 28)
+    cut = batch.vision.patches.reshape(12, side, 2, side, 2, 3, 14, 14)
+    seen = np.einsum("tarbscpq->tabcrpsq", cut).reshape(-1, 3 * 28 * 28)
+    np.testing.assert_array_equal(seen[: len(squares)], squares)
+    assert not seen[len(squares) :].any()
+    expected = iter(range(len(squares)))
+    for b, p in enumerate(prompts):
+        length = len(p.token_ids)
+        np.testing.assert_array_equal(batch.token_ids[b, -length:], p.token_ids)
+        np.testing.assert_array_equal(batch.positions[:, b, -length:], [np.arange(length)] * 3)
+        assert batch.next_position[b] == length
+        where = batch.feature_index[b] >= 0
+        np.testing.assert_array_equal(where, batch.token_ids[b] == hf_models.IMAGE)
+        for row in batch.feature_index[b][where]:
+            assert row == next(expected)
+    assert next(expected, None) is None
+    np.testing.assert_array_equal(batch.row_valid, [True, True, True, False])
+    assert not batch.valid[3].any()
+
+
+def test_internvl_batch_of_text_alone_has_no_tiles():
+    rng = np.random.default_rng(6)
+    prompts = [hf_internvl.prompt(rng, n) for n in (3, 6)]
+    assert pick_rung([], [TileRung(4)], internvl_config().vision) is None
+    batch = pack_prompts(prompts, internvl_config(), batch=2, prompt_len=8, rung=None)
+    assert batch.vision is None
+    assert (batch.feature_index == -1).all()
+
+
+def test_the_smallest_rung_of_tiles_that_holds_is_picked_and_those_of_patches_are_passed_over():
+    rng = np.random.default_rng(7)
+    rungs = [TileRung(20), VisionRung(512, 8, 256), TileRung(5), TileRung(10)]
+    config = internvl_config().vision
+
+    def pick(*tiles):
+        return pick_rung(hf_internvl.prompt(rng, 1, *tiles).images, rungs, config)
+
+    assert [pick(*tiles).tiles for tiles in ((1,), (2, 3), (6,), (1,) * 10, (13, 7))] == [5, 5, 10, 10, 20]
+    with pytest.raises(InputError, match=r"3 images with 21 tiles \(13 in the largest\).*\(21,\).*max_tiles"):
+        pick(13, 7, 1)
+    patches = [hf_models.image(rng, 4, 4)]
+    assert pick_rung(patches, rungs, vision_config()) == rungs[1]

@@ -1,0 +1,197 @@
+"""Claims about ril_jax/training/batches.py: questions of both families become batches of few, known shapes."""
+
+import io
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from helpers.internvl_folder import build_internvl_folder
+from PIL import Image
+
+from ril_jax.data.chat import ChatTokenizer
+from ril_jax.data.packing import TileRung, VisionRung
+from ril_jax.data.records import Question
+from ril_jax.errors import InputError
+from ril_jax.models.config import InternVisionConfig, ModelConfig, QwenVisionConfig, TextConfig
+from ril_jax.training.batches import Buckets, PromptEncoder, flatten_micro
+from ril_jax.training.ril import Ril
+
+RUNGS = ((256, 8, 144), 4, (12,), [24], [1024, 8, 256, 64, 64])  # of both families, as configs and the command line
+
+
+def png(height: int, width: int) -> bytes:
+    rng = np.random.default_rng(height * 1000 + width)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+WIDE, SMALL, TALL = png(60, 230), png(30, 31), png(170, 60)  # 4 + 1, 1 and 3 + 1 tiles of 56 pixels
+
+
+def question(name: str, prompt: str, *images: bytes) -> Question:
+    return Question(name, prompt, images, "3")
+
+
+QUESTIONS = [
+    question("two", "<image>\nand <image>: which is larger?", WIDE, SMALL),
+    question("none", "How many are three?"),
+    question("one", "How many?", TALL),
+    question("same", "How many?", SMALL),
+    question("text", "What is a circle?"),
+]
+
+
+@pytest.fixture(scope="module", params=["internvl", "qwen2_5_vl"])
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def chat(family, qwen_tokenizer_folder, tmp_path_factory) -> ChatTokenizer:
+    if family == "internvl":
+        return ChatTokenizer.from_pretrained(build_internvl_folder(tmp_path_factory.mktemp("internvl")))
+    return ChatTokenizer.from_pretrained(qwen_tokenizer_folder, max_pixels=36 * 28 * 28)
+
+
+@pytest.fixture(scope="module")
+def model(family, chat) -> ModelConfig:
+    text = TextConfig(
+        vocab_size=chat.vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6,
+    )  # fmt: skip
+    vision: InternVisionConfig | QwenVisionConfig
+    if family == "internvl":
+        vision = InternVisionConfig(
+            16, 24, 1, 2, 32, norm="rms_norm", qkv_bias=False, qk_norm=True, image_size=(56, 56)
+        )
+    else:
+        vision = QwenVisionConfig(1, 16, 24, 2, 32, fullatt_block_indexes=(0,))
+    return ModelConfig(family, text, vision, image_token_id=chat.image_token_id)
+
+
+@pytest.fixture(scope="module")
+def buckets(model) -> Buckets:
+    data = SimpleNamespace(vision_rungs=RUNGS, prompt_buckets=(96, 192), response_buckets=(8, 16))
+    return Buckets.from_config(model, data)
+
+
+@pytest.fixture(scope="module")
+def prompts(chat):
+    encoder = PromptEncoder(chat, max_length=192)
+    return [encoder(q) for q in QUESTIONS]
+
+
+def test_a_model_takes_the_rungs_of_its_family(buckets, family):
+    if family == "internvl":
+        assert buckets.rungs == (TileRung(4), TileRung(12), TileRung(24))
+    else:
+        assert buckets.rungs == (VisionRung(256, 8, 144), VisionRung(1024, 8, 256, 64, 64))
+
+
+def test_rungs_of_the_other_family_alone_are_refused_and_none_at_all_are_not(model, family):
+    other = ((256, 8, 144),) if family == "internvl" else ((12,),)
+    fields = {"prompt_buckets": (96,), "response_buckets": (8,)}
+    wanted = r"\(tiles,\) for InternVL" if family == "internvl" else r"\(patches, images.*Qwen2.5-VL"
+    with pytest.raises(InputError, match=rf"config.data.vision_rungs has no rung of the form {wanted}"):
+        Buckets.from_config(model, SimpleNamespace(vision_rungs=other, **fields))
+    assert Buckets.from_config(model, SimpleNamespace(vision_rungs=(), **fields)).rungs == ()
+
+
+def real_patches(prompt, vision) -> np.ndarray:
+    """[features, patches of a feature] sums of pixels of each feature of a prompt's images, in placeholders' order."""
+    sums = []
+    for image in prompt.images:
+        if isinstance(vision, QwenVisionConfig):
+            sums.append(image.patches.reshape(-1, 4, vision.patch_dim).sum(-1))
+        else:
+            side = image.grid[1] // 2
+            cut = image.patches.sum(-1).reshape(image.num_tiles, side, 2, side, 2)
+            sums.append(np.einsum("tarbs->tabrs", cut).reshape(-1, 4))
+    return np.concatenate(sums) if sums else np.zeros((0, 4), np.float32)
+
+
+def buffer_patches(patches: np.ndarray, vision) -> np.ndarray:
+    """The same of a buffer [X, C] or [T, n, C], in the order in which the tower gives its features."""
+    if isinstance(vision, QwenVisionConfig):
+        return patches.reshape(-1, 4, vision.patch_dim).sum(-1)
+    side = int(patches.shape[1] ** 0.5) // 2
+    cut = patches.sum(-1).reshape(len(patches), side, 2, side, 2)
+    return np.einsum("tarbs->tabrs", cut).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("offset_features", [True, False])
+@pytest.mark.parametrize("micro", [2, 3, 6])
+def test_every_placeholder_of_every_micro_batch_finds_its_feature(micro, offset_features, buckets, prompts, model):
+    """Rows with several images, one and none; the last micro-batch of two has none, and a buffer all the same."""
+    batch = buckets.pack_prompts(prompts, batch=6, micro=micro, offset_features=offset_features)
+    num = 6 // micro
+    assert batch.token_ids.shape[:2] == (num, micro)
+    assert batch.positions.shape[:3] == (num, 3, micro)
+    each = [buffer_patches(patches, model.vision) for patches in batch.vision.patches]
+    features = np.concatenate(each) if offset_features else None
+    for row, prompt in enumerate(prompts):
+        index = batch.feature_index[row // micro, row % micro]
+        np.testing.assert_array_equal(index >= 0, batch.token_ids[row // micro, row % micro] == model.image_token_id)
+        seen = (features if offset_features else each[row // micro])[index[index >= 0]]
+        np.testing.assert_array_equal(seen, real_patches(prompt, model.vision))
+    np.testing.assert_array_equal(batch.row_valid.reshape(-1), [True] * 5 + [False])
+
+
+def test_tower_trained_in_ril_finds_the_first_feature_of_each_micro_batch(buckets, prompts, model):
+    counted, own = (buckets.pack_prompts(prompts[:4], batch=4, micro=1, offset_features=f) for f in (True, False))
+    config = SimpleNamespace(ril=SimpleNamespace(train_vision=True))
+    run = SimpleNamespace(student=SimpleNamespace(config=model))
+    vision, first = Ril.trained_tower(SimpleNamespace(config=config, run=run), counted.vision)
+    assert vision is counted.vision
+    for offset, here, there in zip(first, counted.feature_index, own.feature_index, strict=True):
+        np.testing.assert_array_equal(here, np.where(there >= 0, there + offset, -1))
+    assert first[-1] > 0
+
+
+def test_flattened_micro_batches_are_the_whole_batch(buckets, prompts):
+    whole = buckets.pack_prompts(prompts, batch=6)._replace(vision=None, feature_index=None)
+    parts = flatten_micro(buckets.pack_prompts(prompts, batch=6, micro=2))._replace(feature_index=None)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0] if a.shape[0] == 1 else a, b), whole, parts)
+
+
+def test_batch_of_text_alone_has_no_images(buckets, prompts):
+    batch = buckets.pack_prompts([prompts[1], prompts[4]], batch=2, micro=1)
+    assert batch.vision is None
+    assert (batch.feature_index == -1).all()
+
+
+def test_shapes_do_not_depend_on_the_sizes_of_images(buckets, chat):
+    encoder = PromptEncoder(chat, max_length=192)
+    shapes = set()
+    for height, width in ((30, 31), (60, 170), (170, 60), (56, 56), (100, 100)):
+        prompt = encoder(question(f"{height}x{width}", "How many?", png(height, width), SMALL))
+        batch = buckets.pack_prompts([prompt], batch=1)
+        shapes.add(tuple(leaf.shape for leaf in jax.tree.leaves(batch)))
+    # Two rungs are small enough to be needed here, and one length of prompts.
+    assert len(shapes) <= 2
+
+
+def test_batch_over_every_rung_is_refused_with_the_mend(buckets, chat, family):
+    encoder = PromptEncoder(chat, max_length=192)
+    many = [encoder(question(f"q{i}", "How many?", WIDE, png(57, 300 + i))) for i in range(12)]
+    limit = "max_tiles" if family == "internvl" else "max_pixels"
+    with pytest.raises(InputError, match=rf"a batch has 24 images with .*config.data.vision_rungs.*{limit}"):
+        buckets.pack_prompts(many, batch=12)
+
+
+def test_encoder_names_the_question_and_keeps_what_it_encoded(chat):
+    encoder = PromptEncoder(chat, max_length=192)
+    first = encoder(QUESTIONS[0])
+    assert encoder(QUESTIONS[0]) is first
+    with pytest.raises(InputError, match="question bad, image 1: "):
+        encoder(question("bad", "What?", SMALL, b"no image"))
+    tight = PromptEncoder(chat, max_length=192, cache_bytes=first.images[0].nbytes)
+    assert tight(QUESTIONS[0]) is not tight(QUESTIONS[0])  # larger than the cache: encoded each time
+
+
+def test_too_long_prompt_is_refused_with_the_familys_limit(chat, family):
+    limit = "max_tiles" if family == "internvl" else "max_pixels"
+    with pytest.raises(InputError, match=rf"question two: .*smaller images \({limit}\)"):
+        PromptEncoder(chat, max_length=24)(QUESTIONS[0])
