@@ -3,6 +3,8 @@
 Tolerance of logits: 2e-5 absolute at scale 4-5, four times what float32 sums in another order give here.
 """
 
+import copy
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +14,7 @@ import pytest
 import torch
 from helpers import hf_internvl, hf_models
 from helpers.hf_internvl import KIND_6B, KIND_300M, pack
-from helpers.parity import assert_gradients_match, build, forward, gradients_by_name, loss_and_gradients
+from helpers.parity import QUICK, assert_gradients_match, build, forward, gradients_by_name, loss_and_gradients
 
 from ril_jax.data.packing import TileRung, pack_prompts
 from ril_jax.models.internvl3 import TileInputs, bicubic_matrix
@@ -95,6 +97,33 @@ def test_features_of_tiles_equal_transformers(kind, size, tiny):
         pixels = hf_models.inputs(prompt)["pixel_values"]
         reference = model.hf.model.get_image_features(pixels, return_dict=True).pooler_output.flatten(0, 1).numpy()
     assert len(reference) == 5 * model.config.vision.tile_tokens(size, size)
+    np.testing.assert_allclose(ours, reference, atol=1e-5 * np.abs(reference).max(), rtol=0)
+
+
+SHRUNK = {
+    "norms of blocks": {"embeddings": 1e-3},
+    "norms of queries and keys": {"q_proj": 1e-3, "k_proj": 1e-3},
+    "norm of the projector": {"embeddings": 1e-2, "lambda": 0.0},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("part", SHRUNK)
+def test_every_epsilon_is_that_of_transformers(part, kind, tiny, tmp_path):
+    """With weights so small that what a norm divides by is about as small as its epsilon."""
+    hf = copy.deepcopy(tiny(kind).hf)
+    with torch.no_grad():
+        for name, parameter in hf.model.vision_tower.named_parameters():
+            for pattern, factor in SHRUNK[part].items():
+                if pattern in name:
+                    parameter *= factor
+        hf.save_pretrained(tmp_path)
+        prompt = hf_internvl.prompt(np.random.default_rng(4), 3, 3)
+        pixels = hf_models.inputs(prompt)["pixel_values"]
+        reference = hf.model.get_image_features(pixels, return_dict=True).pooler_output.flatten(0, 1).numpy()
+    network, params = build(dataclasses.replace(tiny(kind), folder=tmp_path))
+    inputs = TileInputs(prompt.images[0].patches)
+    ours = jax.jit(lambda p: network.bind(p).encode(inputs, dtype=jnp.float32), compiler_options=QUICK)(params)
     np.testing.assert_allclose(ours, reference, atol=1e-5 * np.abs(reference).max(), rtol=0)
 
 
