@@ -31,7 +31,7 @@ import numpy as np
 from ril_jax.models.config import ModelConfig
 from ril_jax.models.hub import load_params
 from ril_jax.models.parameters import Network
-from ril_jax.models.tensor_files import SafetensorsFolder, write_folder
+from ril_jax.models.tensor_files import NewTensor, SafetensorsFolder, write_folder
 from ril_jax.models.vlm import VisionLanguageModel
 
 FIXED = 256 << 20  # bytes: staging, small parameters, the compiler, and the heap's own leftovers
@@ -98,13 +98,13 @@ def write_checkpoint(folder: Path, network: Network) -> None:
     """Random bytes in the range of real weights; as many as a period long, which no layer's size divides."""
     noise = np.random.default_rng(0).normal(0, 0.02, 16_777_213).astype(BF16)
     tensors = [
-        (spec.hf.format(layer=layer), spec.hf_shape, BF16)
+        NewTensor(spec.hf.format(layer=layer), spec.hf_shape, BF16)
         for spec in network.specs.values()
         for layer in (range(spec.shape[0]) if spec.stacked else [None])
     ]
     # As files are written in the wild: layer after layer, not parameter after parameter.
-    tensors.sort(key=lambda tensor: [int(part) if part.isdigit() else 0 for part in tensor[0].split(".")])
-    shapes = {key: shape for key, shape, _ in tensors}
+    tensors.sort(key=lambda tensor: [int(part) if part.isdigit() else 0 for part in tensor.key.split(".")])
+    shapes = {tensor.key: tensor.shape for tensor in tensors}
     begin = 0
 
     def get(key: str) -> np.ndarray:

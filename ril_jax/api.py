@@ -88,6 +88,8 @@ def load(
 
     Raises InputError where the folder, a file in it, or an argument cannot be used.
     """
+    from ril_jax.training.progress import of_bytes  # importing this package does not import the training part
+
     name = dtype if isinstance(dtype, str) else str(jnp.dtype(dtype))
     if name not in _DTYPES:
         raise InputError(f"dtype {name!r} is not supported; use one of {', '.join(_DTYPES)}")
@@ -95,7 +97,8 @@ def load(
         raise InputError(f"mesh has the axes {mesh.axis_names}; make it with ril_jax.sharding.make_mesh")
     pretrained = Pretrained.open(checkpoint, min_pixels=min_pixels, max_pixels=max_pixels, max_tiles=max_tiles)
     mesh = mesh or sharding.make_mesh()
-    return Model(pretrained, pretrained.load_params(mesh, dtype=jnp.dtype(name)), jnp.dtype(name), mesh)
+    params = pretrained.load_params(mesh, dtype=jnp.dtype(name), progress=of_bytes(f"load {Path(checkpoint).name}"))
+    return Model(pretrained, params, jnp.dtype(name), mesh)
 
 
 class Model:

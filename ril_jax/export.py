@@ -6,7 +6,6 @@
 last arm).
 """
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +26,10 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "bfloat16
 
     Raises InputError for a checkpoint without weights, an unknown dtype, or an output that is there already.
     """
-    import numpy as np
+    import jax.numpy as jnp
 
-    from ril_jax import sharding
     from ril_jax.pretrained import Pretrained, save_folder
+    from ril_jax.training.progress import of_bytes
 
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype} is not known; use one of {', '.join(DTYPES)}")
@@ -39,13 +38,10 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "bfloat16
         if not overwrite:
             raise InputError(f"--output={output} exists and is not empty; name another folder or add --overwrite")
         if not (output / "config.json").exists():
-            raise InputError(f"--output={output} is not a model folder, so --overwrite does not delete it")
-        shutil.rmtree(output)
+            raise InputError(f"--output={output} is not a model folder, so --overwrite does not replace it")
     model = Pretrained.open(model_folder(checkpoint))
-    params = model.load_params(
-        sharding.make_mesh(), dtype=np.dtype("bfloat16") if dtype == "bfloat16" else np.dtype(dtype)
-    )
-    save_folder(output, model, params)
+    # From file to file: no parameter is on a device, and one tensor at a time on the host.
+    save_folder(output, model, {}, dtype=jnp.dtype(dtype), progress=of_bytes("export"))
 
 
 def model_folder(checkpoint: str | Path) -> Path:

@@ -3,18 +3,23 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ril_jax import sharding
 from ril_jax.data.chat import ChatTokenizer
+from ril_jax.errors import InputError
 from ril_jax.models import hub
 from ril_jax.models.config import ModelConfig
 from ril_jax.models.parameters import Network, Params
+from ril_jax.models.tensor_files import SafetensorsFolder
 from ril_jax.models.vlm import VisionLanguageModel
 
 
@@ -60,31 +65,73 @@ def make_network(config: ModelConfig, *, head: str = "vocab") -> Network:
     return Network(lambda: VisionLanguageModel(config, head=head))
 
 
-def save_folder(folder: str | Path, source: Pretrained, params: Any, *, network: Network | None = None) -> None:
-    """Write an HF folder: weights in the hub layout, config, tokenizer, template, processor and generation config.
+# What belongs to a checkpoint beside weights and config.json: it is carried over byte for byte.
+_CARRIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.*", "preprocessor_config.json",
+    "processor_config.json", "video_preprocessor_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
-    Generation config and licence come from `source.folder` as they are. The folder appears when it is complete.
+
+def save_folder(
+    folder: str | Path,
+    source: Pretrained,
+    params: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write an HF folder that transformers and vLLM load: weights in the hub layout, and everything around them.
+
+    Parameters that `params` lacks (those that were not trained, or all) are taken from `source.folder`. The weights
+    are written in `dtype`, by default that of `params`. Config, tokenizer, template and processor files are those of
+    `source.folder`; only a folder in OpenGVLab's form is brought into transformers'. The folder appears, or takes the
+    place of one that is there, when it is complete. Where several processes run, all must call this. Raises InputError
+    where it cannot be written.
     """
     target = Path(folder)
-    folder = target.with_name(f".{target.name}.incomplete")
-    if folder.exists():
-        shutil.rmtree(folder)
-    hub.save_params(folder, network or source.network, params, family=source.config.family)
+    unfinished, old = (target.with_name(f".{target.name}.{state}") for state in ("incomplete", "old"))
+    is_writer = jax.process_index() == 0
+    dtype = np.dtype(next(iter(params.values())).dtype if dtype is None else dtype)
+    missing = source.network.specs.keys() - params.keys()
+    try:
+        if is_writer:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        hub.save_params(
+            unfinished, source.network, params, family=source.config.family, dtype=dtype, progress=progress,
+            rest=SafetensorsFolder(source.folder) if missing else None,
+        )  # fmt: skip
+        if is_writer:
+            _write_rest(unfinished, source, dtype)
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            unfinished.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"{target}: it cannot be written ({error.strerror or error}); name another folder") from error
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"saved {target}")
+
+
+def _write_rest(folder: Path, source: Pretrained, dtype: np.dtype) -> None:
     original = json.loads((source.folder / "config.json").read_text())
-    if original["model_type"] == "internvl_chat":  # OpenGVLab's form, and these are not its names any more
+    converted = original["model_type"] == "internvl_chat"  # OpenGVLab's form, and these are not its names any more
+    if converted:
         original = source.config.to_hf() | {"dtype": None}
         original["text_config"]["eos_token_id"] = source.chat.end_of_turn_token_id
     # Otherwise the original's spelling is kept, so that whatever read the checkpoint before reads this one too.
     original["tie_word_embeddings"] = source.config.text.tie_word_embeddings
-    dtype = str(next(iter(params.values())).dtype)
-    for key in ("torch_dtype", "dtype"):
-        if key in original:
-            original[key] = dtype
-    (folder / "config.json").write_text(json.dumps(original, indent=2) + "\n")
-    source.chat.save(folder)
-    for name in ("generation_config.json", "LICENSE"):
-        if (source.folder / name).exists():
-            (folder / name).write_bytes((source.folder / name).read_bytes())
-    if target.exists():
-        shutil.rmtree(target)
-    folder.rename(target)
+    for part in (original, *(value for value in original.values() if isinstance(value, dict))):
+        for key in ("torch_dtype", "dtype"):
+            if key in part:
+                part[key] = dtype.name
+        if "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = source.config.text.tie_word_embeddings
+    (folder / "config.json").write_text(json.dumps(original, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if converted or not (source.folder / "tokenizer.json").exists():
+        source.chat.save(folder)
+    for pattern in ("generation_config.json", "LICENSE*", "NOTICE*") if converted else _CARRIED:
+        for path in source.folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from ril_jax.errors import InputError
 from ril_jax.models.hub_names import export_name
 from ril_jax.models.parameters import Network, Params, ParamSpec
-from ril_jax.models.tensor_files import Entry, SafetensorsFolder, write_folder
+from ril_jax.models.tensor_files import Entry, NewTensor, SafetensorsFolder, write_folder
 
 STAGING = 64 << 20  # bytes of tensors on their way to a device, unless a single one is larger
 _ALIGNMENT = 64  # bytes, of what JAX uses on the CPU as it is
@@ -51,9 +51,9 @@ def load_params(
     """Read a checkpoint into the network's parameters, each straight into its sharding and dtype.
 
     Files are read in order, and of each tensor only what this process's devices hold. Stacked parameters are filled
-    layer by layer in place. `progress(done, total)` is called with bytes of the files after every tensor. A file
-    without `lm_head` gives a network with an untied head its embedding (transformers' tie rule); parameters that no HF
-    file has (the discriminator's head) keep their initial value, zero.
+    layer by layer in place. `progress(done, total)` is called with bytes of the files, at first and after every tensor.
+    A file without `lm_head` gives a network with an untied head its embedding (transformers' tie rule); parameters that
+    no HF file has (the discriminator's head) keep their initial value, zero.
 
     Raises: InputError that lists every missing, misshaped and unknown key at once, or names a truncated or corrupt
     shard.
@@ -66,6 +66,8 @@ def load_params(
     largest = max(entry.nbytes for _, entry, _ in wanted)
     with ThreadPoolExecutor(_THREADS) as threads:
         loader = _Loader(source, network, np.dtype(dtype), where, max(staging, largest), staging, threads)
+        if progress is not None:
+            progress(0, total)
         for key, entry, targets in wanted:
             for target in targets:
                 loader.read(key, entry, target)
@@ -89,12 +91,14 @@ def save_params(
     dtype: Any = None,
     rest: SafetensorsFolder | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the network's parameters in the family's hub layout, in shards with an index where one would be too large.
 
     `params` are arrays of JAX or numpy in any sharding; those that it lacks are taken from the checkpoint `rest`.
-    Everything is written in `dtype`, by default that of `params`. Where several processes run, all must call this;
-    the first one writes. Raises InputError where `rest` does not fit the network.
+    Everything is written in `dtype`, by default that of `params`; `progress` is called as by `load_params`. Where
+    several processes run, all must call this; the first one writes. Raises InputError where `rest` does not fit the
+    network.
     """
     if rest is not None:
         _targets(rest, network)
@@ -104,7 +108,7 @@ def save_params(
     for name, spec in network.specs.items():
         for key, layer in _keys(spec):
             exported = export_name(key, family)
-            tensors.append((exported, spec.hf_shape, np.dtype(dtype)))
+            tensors.append(NewTensor(exported, spec.hf_shape, np.dtype(dtype)))
             places[exported] = (key, Target(name, layer))
 
     def get(exported: str) -> np.ndarray:
@@ -117,11 +121,11 @@ def save_params(
     if jax.process_index() == 0:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_folder(folder, tensors, get, max_shard_bytes=max_shard_bytes)
+        write_folder(folder, tensors, get, max_shard_bytes=max_shard_bytes, progress=progress)
     else:  # what is spread over processes is brought together by all of them
-        for exported, *_ in tensors:
-            if places[exported][1].name in params:
-                get(exported)
+        for tensor in tensors:
+            if places[tensor.key][1].name in params:
+                get(tensor.key)
 
 
 def resolve(name: str | Path) -> Path:

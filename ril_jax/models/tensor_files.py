@@ -4,11 +4,10 @@ Files are read, not mapped into memory: pages of a mapping count as memory of th
 which for a large checkpoint is all of it.
 """
 
-import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -113,51 +112,70 @@ class SafetensorsFolder:
             done += count
 
 
+class NewTensor(NamedTuple):
+    """A tensor that is to be written."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_folder(
     folder: Path,
-    tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]],
+    tensors: Sequence[NewTensor],
     get: Callable[[str], np.ndarray],
     *,
     max_shard_bytes: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write `tensors` (key, shape, dtype), each asked of `get` when its turn comes, in shards with an index.
+    """Write `tensors`, each asked of `get` when its turn comes and cast to its dtype, in shards with an index.
 
-    One file without an index where it is not larger than `max_shard_bytes`.
+    One file without an index where it is not larger than `max_shard_bytes`. `progress(done, total)` is called with
+    bytes, at first and after every tensor.
     """
-    sizes = [math.prod(shape) * dtype.itemsize for _, shape, dtype in tensors]
-    shards: list[list[int]] = [[]]
-    room = max_shard_bytes
-    for i, size in enumerate(sizes):
-        if size > room and shards[-1]:
+    shards: list[list[NewTensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(t.nbytes for t in shards[-1]) + tensor.nbytes > max_shard_bytes:
             shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(i)
-        room -= size
-    weight_map: dict[str, str] = {}
+        shards[-1].append(tensor)
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    weight_map = {}
+    if progress is not None:
+        progress(0, total)
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, [tensors[i] for i in shard], get)
-        weight_map |= {tensors[i][0]: file for i in shard}
+        for tensor in _write_file(folder / file, shard, get):
+            weight_map[tensor.key] = file
+            done += tensor.nbytes
+            if progress is not None:
+                progress(done, total)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_file(path: Path, tensors: Sequence[tuple[str, tuple[int, ...], np.dtype]], get) -> None:
-    sizes = [math.prod(shape) * dtype.itemsize for _, shape, dtype in tensors]
+def _write_file(path: Path, tensors: list[NewTensor], get: Callable[[str], np.ndarray]) -> Iterator[NewTensor]:
+    """Write one file, and yield each tensor once it is in it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it older readers refuse the file
-    for (key, shape, dtype), (begin, end) in zip(
-        tensors, itertools.pairwise(itertools.accumulate(sizes, initial=0)), strict=True
-    ):
-        header[key] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        header[tensor.key] = {
+            "dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]
+        }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for key, shape, dtype in tensors:
-            array = get(key)
-            assert array.shape == shape, f"{key} is {array.shape} and should be {shape}"
-            file.write(np.ascontiguousarray(array, dtype).reshape(-1).view(np.uint8).data)
+        for tensor in tensors:
+            array = get(tensor.key)
+            assert array.shape == tensor.shape, f"{tensor.key} is {array.shape} and should be {tensor.shape}"
+            file.write(np.ascontiguousarray(array, tensor.dtype).reshape(-1).view(np.uint8).data)
+            yield tensor
 
 
 def _refuse_quantized(folder: Path) -> None:

@@ -16,7 +16,7 @@ from ril_jax.errors import InputError
 from ril_jax.models.parameters import hash_name
 from ril_jax.training.batches import Buckets, PromptEncoder, flatten_micro
 from ril_jax.training.metrics import write_atomically
-from ril_jax.training.progress import Progress
+from ril_jax.training.progress import Progress, of_bytes
 from ril_jax.training.run import Run
 
 STUDENT = "student"
@@ -89,7 +89,7 @@ def _sample_parts(run: Run, name: str, questions: list[Question], todo: list[int
         model = run.open_model(f"config.teachers.{name}", settings)
         sampler, params = (
             run.make_sampler(model, settings),
-            model.load_params(run.mesh, dtype=jnp.dtype(settings.dtype)),
+            model.load_params(run.mesh, dtype=jnp.dtype(settings.dtype), progress=of_bytes(f"load {name}")),
         )
     programs = run.make_programs(model, settings)
     params = programs.cast(params)

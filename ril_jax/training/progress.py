@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
+
 from ril_jax.errors import InputError
 from ril_jax.training.metrics import write_atomically
 
@@ -25,6 +27,7 @@ class Progress:
     """The progress of one stage of `total` units, `start` of which were done by an earlier run.
 
     On a terminal one line is updated in place; into a file or a pipe a plain line goes about every `interval` seconds.
+    `scale`: of what is counted, so many make one `unit` of those that are shown (10**9 bytes a GB).
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Progress:
         unit: str = "questions",
         *,
         start: int = 0,
+        scale: int = 1,
         stream: TextIO | None = None,
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
@@ -44,6 +48,7 @@ class Progress:
         self.unit = unit
         self.done = start
         self._start = start
+        self._scale = scale
         self._stream = sys.stderr if stream is None else stream
         self._on_terminal = self._stream.isatty()
         self._interval = interval if not self._on_terminal else min(interval, 0.2)
@@ -108,13 +113,14 @@ class Progress:
         seconds = self.seconds()
         parts = ", ".join(f"{part} {duration(value)}" for part, value in seconds.items() if value >= 0.05)
         done = self.done - self._start
-        return f"{self.stage}: {done} {self.unit} in {duration(sum(seconds.values()))} ({parts}), {self._rate_words()}"
+        amount = f"{self._count(done)} {self.unit} in {duration(sum(seconds.values()))}"
+        return f"{self.stage}: {amount} ({parts}), {self._rate_words()}"
 
-    def close(self) -> None:
+    def close(self, *, summary: bool = True) -> None:
         """Show the last state and the summary."""
         if self._enabled:
             self._show()
-            self._write(("\n" if self._on_terminal else "") + self.summary() + "\n")
+            self._write(("\n" if self._on_terminal else "") + (self.summary() + "\n" if summary else ""))
 
     def __enter__(self) -> Progress:
         return self
@@ -124,19 +130,22 @@ class Progress:
 
     def line(self) -> str:
         """The progress line as it is now."""
-        width = len(str(self.total))
+        width = len(self._count(self.total))
         percent = 100 * self.done // self.total if self.total else 100
         eta = self.eta()
         words = [
-            f"{self.stage}  {self.done:>{width}}/{self.total} {self.unit}  {percent:3d}%",
+            f"{self.stage}  {self._count(self.done):>{width}}/{self._count(self.total)} {self.unit}  {percent:3d}%",
             self._rate_words(),
             f"ETA {'?' if eta is None else duration(eta)}",
             *(f"{name} {_short(value)}" for name, value in self._metrics.items()),
         ]
         return "  ".join(words)
 
+    def _count(self, done: int) -> str:
+        return str(done) if self._scale == 1 else f"{done / self._scale:.1f}"
+
     def _rate_words(self) -> str:
-        rate = self.rate()
+        rate = self.rate() / self._scale
         if rate == 0:
             return f"- {self.unit}/s"
         if rate < 0.5:
@@ -163,6 +172,29 @@ class Progress:
         start = "\r\x1b[K" if over and self._on_terminal else ""
         self._stream.write(start + text)
         self._stream.flush()
+
+
+def of_bytes(stage: str, *, least: int = 2 * 10**9, **settings: Any) -> Callable[[int, int], None]:
+    """A `progress(done, total)` in bytes, such as `hub.load_params` calls: shows GB, GB/s and the time left.
+
+    Nothing is shown where the total is under `least`, which takes seconds, and by other processes than the first.
+    `settings` are those of `Progress`.
+    """
+    progress: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal progress
+        if total < least or jax.process_index():
+            return
+        if progress is None:
+            progress = Progress(stage, total, "GB", scale=10**9, **settings)
+        if done < total:
+            progress.advance(done - progress.done)
+        else:
+            progress.done = done
+            progress.close(summary=False)
+
+    return show
 
 
 def duration(seconds: float) -> str:

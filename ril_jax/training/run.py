@@ -25,7 +25,7 @@ from ril_jax.training.batches import Buckets, PromptEncoder
 from ril_jax.training.checkpoints import Checkpointer, StopSignal
 from ril_jax.training.metrics import MetricsWriter, write_atomically
 from ril_jax.training.programs import Programs
-from ril_jax.training.progress import StageTimer
+from ril_jax.training.progress import StageTimer, of_bytes
 
 # Fields that may differ between two starts in one workdir: they say what to do and how to show it, not what comes out.
 _FREE_FIELDS = ("stages", "arms", "workers", "xla_flags", "allow_config_change", "logging", "checkpoint", "mesh")
@@ -132,7 +132,7 @@ class Run:
 
     def student_params(self, folder: Path) -> Params:
         shardings = sharding.param_shardings(self.student.network.specs, self.mesh)
-        return hub.load_params(folder, self.student.network, shardings=shardings)
+        return hub.load_params(folder, self.student.network, shardings=shardings, progress=of_bytes("load the student"))
 
     def metrics(self, label: str) -> MetricsWriter:
         logging = self.config.logging
