@@ -1,6 +1,7 @@
 """From logits to the next token: repetition penalty, temperature, top-k, top-p, in HF's order."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,3 +60,51 @@ def filter_logits(logits, seen, params: SamplingParams):
         probs = jax.nn.softmax(logits, axis=-1)
         logits = jnp.where(jnp.cumsum(probs, axis=-1) - probs < params.top_p, logits, -jnp.inf)
     return logits, order
+
+
+class RowParams(NamedTuple):
+    """`SamplingParams` of each row of a batch, as arrays: temperature, top_p, repetition_penalty [B] float32; top_k [B]
+    int32."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    top_k: jax.Array
+    repetition_penalty: jax.Array
+
+
+def choose_row_tokens(logits, seen, keys, steps, params: RowParams, *, filtered: bool):
+    """Draw one token a row, every row by its own parameters.
+
+    Without `filtered` only the temperature counts; rows whose filters are off are given the same token either way, so a
+    row's draw does not depend on whether others in the batch filter.
+
+    Args:
+      logits: [B, V] float32. seen: [B, V] bool (ignored unless filtered). keys: [B, 2] uint32. steps: [B] int32, folded
+        into the keys.
+
+    Returns: [B] int32.
+    """
+    if filtered:
+        penalty = params.repetition_penalty[:, None]
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    greedy = jnp.argmax(logits, axis=-1)
+    scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
+    if filtered:
+        scaled = jnp.where(scaled >= _thresholds(scaled, params)[:, None], scaled, -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in)(keys, steps)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.where(params.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+
+def _thresholds(logits, params: RowParams):
+    """[B]: the least logit that top-k and top-p keep in each row, -inf where both are off."""
+    vocab = logits.shape[-1]
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    count = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocab), vocab)
+    kth = jnp.take_along_axis(ranked, count[:, None] - 1, axis=-1)
+    kept = jnp.where(ranked >= kth, ranked, -jnp.inf)
+    probs = jax.nn.softmax(kept, axis=-1)
+    inside = jnp.cumsum(probs, axis=-1) - probs < params.top_p[:, None]
+    least = jnp.min(jnp.where(inside & jnp.isfinite(kept), kept, jnp.inf), axis=-1)
+    off = (params.top_k <= 0) & (params.top_p >= 1.0)
+    return jnp.where(off, -jnp.inf, least)
