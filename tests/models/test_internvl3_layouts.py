@@ -118,3 +118,13 @@ def test_what_is_saved_transformers_loads_with_equal_logits(layout, tiny, tensor
     p = hf_internvl.prompt(np.random.default_rng(0), 6, 2, 1)
     with torch.no_grad():
         torch.testing.assert_close(hf_models.logits(loaded.eval(), p), hf_models.logits(tiny.hf, p), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["transformers", "OpenGVLab"])
+def test_the_decoder_alone_loads_as_the_body_of_a_discriminator(layout, tiny, tensors, write):
+    network = Network(lambda: VisionLanguageModel(tiny.config, head="scalar", vision=False))
+    params = load_params(write(original_layout(tensors)) if layout == "OpenGVLab" else tiny.folder, network)
+    whole = load_params(tiny.folder, network_of(tiny.config))
+    body = {name: value for name, value in params.items() if not name.startswith("text.score.")}
+    assert len(params) == len(body) + 2
+    assert_same(body, {name: value for name, value in whole.items() if name in body})
