@@ -133,6 +133,65 @@ def default_config() -> ConfigDict:
     return c
 
 
+def serving_config() -> ConfigDict:
+    """The defaults of `ril_jax.serve`, `ril_jax.generate` and `ril_jax.evaluate`: one model in the sampling engine."""
+    c = ConfigDict()
+    c.checkpoint = ""  # a Hugging Face folder or a hub id
+    c.dtype = "bfloat16"
+    c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": -1})
+    c.min_pixels, c.max_pixels, c.max_tiles = 0, 0, 0  # of an image; 0 for the checkpoint's own
+    c.seed = 0
+    c.engine = engine_config()
+
+    c.sampling = ConfigDict()  # where a request does not say
+    c.sampling.temperature = 1.0  # [P], as the next three
+    c.sampling.top_p = 0.95
+    c.sampling.top_k = 50
+    c.sampling.repetition_penalty = 1.05
+    c.sampling.max_completion_length = 512  # [R]
+
+    c.server = ConfigDict()
+    c.server.host = "127.0.0.1"
+    c.server.port = 8000
+    c.server.model_name = ""  # what clients call the model; "" for the checkpoint's name
+    c.server.api_key_env = ""  # environment variable with the key that clients must send; "" for none
+    c.server.max_queue = 1024  # requests that wait; beyond it 429 with Retry-After
+    c.server.timeout = 600.0  # seconds for a request, waiting included
+    c.server.max_body_bytes = 64 * 2**20
+    c.server.max_images = 32  # of a request
+    c.server.max_image_pixels = 64_000_000  # of an image before it is resized
+    c.server.max_n = 128
+    c.server.allowed_image_hosts = ()  # hosts from which image URLs are fetched; none by default, and never files
+    c.server.shutdown_grace = 60.0  # seconds that running requests get to finish
+
+    c.generate = ConfigDict()
+    c.generate.num_generations = 16  # [P] responses a question
+    c.generate.model_name = ""  # what the responses are filed under; "" for the checkpoint's name
+    c.generate.base_url = ""  # an OpenAI-compatible endpoint that samples instead of a local engine
+    c.generate.api_key_env = ""
+    c.generate.concurrency = 64  # questions in flight
+    c.generate.questions_per_shard = 256  # of an output file, which appears when it is whole
+    return c
+
+
+def engine_config() -> ConfigDict:
+    """The shapes of the sampling engine (sampling/engine_programs.py); they decide memory and what is compiled."""
+    c = ConfigDict()
+    c.slots = 64  # responses that are decoded at once
+    c.small_slots = 8  # while no more than these are taken, a program for so many is used; 0 for none
+    c.max_model_len = 4096  # tokens of prompt and response together
+    c.page_size = 64  # tokens a page of the key-value cache
+    c.num_pages = 0  # of the cache; 0 for as many as all slots can fill
+    c.prefill = (
+        (128, 8),
+        (512, 2),
+    )  # (tokens, prompts) of each prefill call; prompts are cut into chunks of the largest
+    c.decode_steps = 8  # tokens that are drawn between two looks of the host
+    c.attention_block = 256  # tokens that attention reads at a time
+    c.feature_rows = 16384  # image features kept on the device; an image may take as many
+    return c
+
+
 def training(*, batch_size: int, steps: int, learning_rate: float, final_learning_rate: float) -> ConfigDict:
     """The fields that every stage with an optimiser has. batch_size counts questions a step."""
     c = ConfigDict()

@@ -1,0 +1,203 @@
+"""An engine from a checkpoint and a config, and its token stream as text."""
+
+import dataclasses
+import functools
+import queue
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ril_jax import sharding
+from ril_jax.compilation import CompileCounter
+from ril_jax.data.chat import ChatTokenizer
+from ril_jax.errors import InputError
+from ril_jax.models.parameters import Params
+from ril_jax.pretrained import Pretrained
+from ril_jax.sampling.engine import Engine
+from ril_jax.sampling.engine_programs import EnginePrograms, EngineShapes
+from ril_jax.sampling.requests import FinishReason, Request, Tokens
+
+
+def engine_shapes(config: ConfigDict, *, max_positions: int) -> EngineShapes:
+    """`config` (`config.engine_config`) checked. Raises InputError with the field and the mend."""
+    prefill = tuple(sorted((int(tokens), int(rows)) for tokens, rows in config.prefill))
+    page, length = int(config.page_size), int(config.max_model_len)
+    numbers = {name: int(config[name]) for name in ("slots", "max_model_len", "page_size", "decode_steps")}
+    for name, value in numbers.items():
+        if value < 1:
+            raise InputError(f"config.engine.{name} is {value}; give 1 or more")
+    if not prefill or min(min(pair) for pair in prefill) < 1:
+        raise InputError("config.engine.prefill must name at least one (tokens, prompts), both positive")
+    if prefill[-1][0] % page:
+        raise InputError(
+            f"config.engine.prefill's largest chunk, {prefill[-1][0]} tokens, is no multiple of page_size, {page}"
+        )
+    if config.attention_block % page:
+        raise InputError(
+            f"config.engine.attention_block, {config.attention_block}, is no multiple of page_size, {page}"
+        )
+    if length > max_positions:
+        raise InputError(
+            f"config.engine.max_model_len is {length}, and the model has {max_positions} positions; lower it"
+        )
+    pages = int(config.num_pages) or int(config.slots) * (-(-length // page) + 1) + 1
+    return EngineShapes(
+        slots=int(config.slots),
+        small_slots=int(config.small_slots),
+        max_model_len=length,
+        page_size=page,
+        num_pages=pages,
+        prefill=prefill,
+        decode_steps=int(config.decode_steps),
+        attention_block=int(config.attention_block),
+        feature_rows=int(config.feature_rows),
+    )
+
+
+def make_engine(
+    model: Pretrained,
+    params: Params,
+    config: ConfigDict,
+    mesh: Mesh,
+    *,
+    dtype: Any,
+    counter: CompileCounter | None = None,
+) -> Engine:
+    """An engine over `params` (not yet warmed up); `config` as of `config.engine_config`."""
+    shapes = engine_shapes(config, max_positions=model.config.text.max_position_embeddings)
+    platform = mesh.devices.flat[0].platform
+    on_tpu = platform == "tpu" and model.config.text.head_dim % 128 == 0 and mesh.size == 1
+    programs = EnginePrograms(
+        model.network,
+        model.config,
+        shapes,
+        mesh,
+        model.chat.eos_token_ids,
+        model.chat.vocab_size,
+        jnp.dtype(dtype),
+        unroll=platform == "cpu",
+        kernel="pallas" if on_tpu else "xla",
+    )
+    return Engine(programs, params, image_token_id=model.chat.image_token_id, counter=counter)
+
+
+def load_engine(
+    config: ConfigDict, *, progress: Callable[[str, int, int], None] | None = None
+) -> tuple[Pretrained, Engine]:
+    """The model and warmed-up engine of a `config.serving_config`."""
+    if not config.checkpoint:
+        raise InputError("config.checkpoint is empty; name a Hugging Face folder or a hub id")
+    limits = {name: config[name] or None for name in ("min_pixels", "max_pixels", "max_tiles")}
+    model = Pretrained.open(config.checkpoint, **limits)
+    mesh = sharding.make_mesh(**config.mesh)
+    params = model.load_params(mesh, dtype=jnp.dtype(config.dtype))
+    engine = make_engine(model, params, config.engine, mesh, dtype=config.dtype)
+    engine.warm_up(progress)
+    return model, engine
+
+
+class TextStream:
+    """The text of one sample as its tokens come, without special tokens, cut at the first stop string.
+
+    Text is held back while it may still change (half a character) or become a stop string.
+    """
+
+    def __init__(self, chat: ChatTokenizer, stop: Sequence[str] = ()):
+        self._chat, self._stop = chat, [s for s in stop if s]
+        self.token_ids: list[int] = []
+        self.text = ""  # all of it that is certain
+        self.stopped = False
+        self._start = 0  # tokens before are in `_settled`
+        self._settled = ""
+
+    def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
+        """Text that these tokens add; `last` gives what was held back. `stopped` says that a stop string ended it."""
+        if self.stopped:
+            return ""
+        self.token_ids += token_ids
+        tail = self._chat.decode(self.token_ids[self._start :])
+        whole = self._settled + tail
+        sure = whole if last else whole.rstrip("\ufffd")
+        # Long texts are not decoded from their beginning again and again.
+        if len(self.token_ids) - self._start > 64 and not tail.endswith("\ufffd"):
+            keep = self.token_ids[-16:]
+            rest = self._chat.decode(keep)
+            if tail.endswith(rest) and self._chat.decode(self.token_ids[self._start : -16]) + rest == tail:
+                self._settled, self._start = whole[: len(whole) - len(rest)], len(self.token_ids) - 16
+        ends = [at for s in self._stop if (at := whole.find(s, max(0, len(self.text) - len(s)))) >= 0]
+        if ends:
+            sure, self.stopped = whole[: min(ends)], True
+        elif not last:
+            sure = sure[: len(sure) - _held(sure, self._stop)]
+        new = sure[len(self.text) :]
+        self.text = self.text + new
+        return new
+
+
+def _held(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string."""
+    return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One finished sample: text without special tokens and stop string; token_ids and logprobs up to its end."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+def sample_all(
+    engine: Engine, chat: ChatTokenizer, requests: Iterable[Request], *, in_flight: int = 256,
+    on_done: Callable[[int, list[Result]], None] | None = None,
+) -> list[list[Result]]:  # fmt: skip
+    """The samples of every request, in order; keeps `in_flight` requests with an engine that runs in its own thread.
+
+    `on_done(i, results)` is called as each request ends. Raises RuntimeError if the engine fails.
+    """
+    results: dict[int, list[Result]] = {}
+    news: queue.SimpleQueue[tuple[int, Tokens]] = queue.SimpleQueue()
+    running: dict[int, tuple[Request, list[list[Tokens]]]] = {}
+    source = enumerate(requests)
+    more = True
+    while more or running:
+        while more and len(running) < in_flight:
+            entry = next(source, None)
+            if entry is None:
+                more = False
+                break
+            i, request = entry
+            running[i] = (request, [[] for _ in range(request.n)])
+            engine.submit(request, functools.partial(_tell, news, i))
+        if not running:
+            break
+        i, told = news.get()
+        if told.finish_reason == "error":
+            raise RuntimeError(told.error)
+        request, parts = running[i]
+        parts[told.sample].append(told)
+        if all(part and part[-1].finish_reason for part in parts):
+            del running[i]
+            done = [_result(chat, part) for part in parts]
+            results[i] = done
+            if on_done is not None:
+                on_done(i, done)
+    return [results[i] for i in range(len(results))]
+
+
+def _tell(news: queue.SimpleQueue, i: int, told: Tokens) -> None:
+    news.put((i, told))
+
+
+def _result(chat: ChatTokenizer, parts: Sequence[Tokens]) -> Result:
+    ids = [token for part in parts for token in part.token_ids]
+    logprobs = [value for part in parts for value in part.logprobs]
+    reason = parts[-1].finish_reason
+    assert reason is not None
+    return Result(chat.decode(np.asarray(ids, np.int32)), ids, logprobs, reason)
