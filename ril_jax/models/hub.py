@@ -414,7 +414,7 @@ def _root(key: str) -> str:
 def _by_layer(keys) -> list[str]:
     """Keys with what is to be said of each, in order; those that differ in the layer alone become one."""
     groups: dict[tuple[str, str, str], list[int]] = {}
-    for key, words in sorted(keys):
+    for key, words in sorted(set(keys)):
         parts = re.fullmatch(r"(.*?\.)(\d+)(\..*)", key)
         before, number, after = parts.groups() if parts else (key, "-1", "")
         groups.setdefault((before, after, words), []).append(int(number))

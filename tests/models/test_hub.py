@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import hf_models
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as torch_save_file
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
 from ril_jax.errors import InputError
@@ -194,6 +195,56 @@ def test_layers_beyond_the_config_are_named(write, tiny_vl, tensors):
     )
 
 
+@pytest.mark.parametrize("key", ["model.norm.bias", "lm_head.bias", "visual.merger.ln_q.bias", "base_model.lora_A"])
+def test_keys_beside_those_of_the_network_are_named(key, write, tiny_vl, tensors):
+    more = {**tensors, key: np.ones(64, np.float32)}
+    refused(f"not known: {re.escape(key)}$", lambda: load_params(write(more), network_of(tiny_vl.config)))
+
+
+@pytest.mark.parametrize(
+    ("key", "kwargs"),
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", {}),
+        ("visual.rotary_pos_emb.inv_freq", {}),
+        ("score.weight", {}),  # a head that a language model has no use for
+        ("lm_head.bias", {"head": "scalar"}),
+        ("visual.blocks.9.norm1.weight", {"vision": False}),
+        ("multi_modal_projector.linear_1.bias", {}),  # of another family's tower
+    ],
+)
+def test_buffers_and_unused_heads_and_towers_raise_no_alarm(key, kwargs, write, tiny_vl, tensors):
+    network = network_of(tiny_vl.config, **kwargs)
+    params = load_params(write({**tensors, key: np.ones(64, np.float32)}), network)
+    assert_same(params, load_params(tiny_vl.folder, network))
+
+
+def test_a_key_that_is_wrong_in_many_layers_is_named_once(write, tiny_vl, tensors):
+    bad = {name: tensor for name, tensor in tensors.items() if not name.endswith("mlp.up_proj.weight")}
+    bad |= {f"visual.blocks.{i}.mlp.up_proj.weight": np.zeros((4, 4), np.float32) for i in (0, 2)}
+    message = refused("does not fit", lambda: load_params(write(bad), network_of(tiny_vl.config)))
+    assert "missing: model.layers.{0-2}.mlp.up_proj.weight, visual.blocks.1.mlp.up_proj.weight;" in message
+    assert "dtype: visual.blocks.{0,2}.mlp.up_proj.weight [4, 4] instead of [48, 32]" in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_weights_of_a_quantized_dtype_are_refused(dtype, tiny_vl, tensors, tmp_path):
+    wide = {name: torch.tensor(tensor) for name, tensor in tensors.items()}
+    key = "model.layers.1.mlp.gate_proj.weight"
+    torch_save_file(wide | {key: wide[key].to(dtype)}, tmp_path / "model.safetensors")
+    refused(
+        rf"{key} (float8_e4m3fn|int8), which is quantized", lambda: load_params(tmp_path, network_of(tiny_vl.config))
+    )
+
+
+def test_a_quantized_checkpoint_is_refused_before_anything_is_read(write, tensors):
+    folder = write(tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    for action in (SafetensorsFolder, has_own_head):
+        refused(r"config\.json: the weights are quantized \(quant_method 'fp8'\)", lambda act=action: act(folder))
+
+
 @pytest.mark.parametrize("keep", [0, 5, 100, 0.5, 0.999])
 def test_a_truncated_shard_is_named(keep, write, tensors):
     folder = write(tensors)
@@ -225,16 +276,53 @@ def test_a_corrupt_header_is_named(change, write, tensors):
     refused(r"model\.safetensors: corrupt header", lambda: SafetensorsFolder(folder))
 
 
-def test_shards_that_the_index_names_and_that_are_not_there_are_named(tiny_vl, tmp_path):
+@pytest.fixture
+def sharded(tiny_vl, tmp_path):
+    """The tiny model in shards with an index."""
     tiny_vl.hf.save_pretrained(tmp_path, max_shard_size="100KB")
-    gone = sorted(tmp_path.glob("*.safetensors"))[1:3]
+    return tmp_path
+
+
+def test_shards_that_the_index_names_and_that_are_not_there_are_named(sharded):
+    gone = sorted(sharded.glob("*.safetensors"))[1:3]
     for path in gone:
         path.unlink()
-    message = refused("index names are missing", lambda: SafetensorsFolder(tmp_path))
+    message = refused("index names are missing", lambda: SafetensorsFolder(sharded))
     assert all(path.name in message for path in gone)
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
+def test_a_tensor_that_two_shards_hold_is_named_with_both(sharded):
+    first, second, *_ = sorted(sharded.glob("*.safetensors"))
+    key, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {key: tensor}, second, metadata={"format": "pt"})
+    message = refused(rf"two tensors for {key}", lambda: SafetensorsFolder(sharded))
+    assert first.name in message
+    assert second.name in message
+
+
+def test_a_tensor_under_two_names_is_refused(write, tensors):
+    both = {**tensors, "model.language_model.norm.weight": tensors["model.norm.weight"]}
+    message = refused("two tensors for model.norm.weight", lambda: SafetensorsFolder(write(both)))
+    assert "model.language_model.norm.weight in model.safetensors" in message
+
+
+def test_a_shard_that_the_index_does_not_name_is_ignored(sharded, tiny_vl):
+    save_file({"model.norm.weight": np.zeros(64, np.float32)}, sharded / "model-old.safetensors")
+    (sharded / "broken.safetensors").write_bytes(b"no safetensors at all")
+    network = network_of(tiny_vl.config)
+    assert_same(load_params(sharded, network), load_params(tiny_vl.folder, network))
+
+
+def test_a_tensor_that_is_not_in_the_shard_of_the_index_is_named(sharded):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    file = index["weight_map"]["model.norm.weight"]
+    index["weight_map"]["model.nowhere.weight"] = file
+    path.write_text(json.dumps(index))
+    refused(rf"index\.json: model\.nowhere\.weight should be in {file}", lambda: SafetensorsFolder(sharded))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": {}}', '{"weight_map": {"model.norm.weight": 1}}'])
 def test_a_broken_index_is_named(text, write, tensors):
     folder = write(tensors)
     (folder / "model.safetensors.index.json").write_text(text)
@@ -252,6 +340,45 @@ def test_an_empty_folder_and_a_missing_folder_are_named(tmp_path):
     refused(re.escape(str(tmp_path)), lambda: SafetensorsFolder(tmp_path))
     refused("nowhere: no such folder", lambda: resolve(tmp_path / "nowhere"))
     refused("no such file", lambda: ModelConfig.from_folder(tmp_path))
+
+
+# --- hub ids ---
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "revision"),
+    [
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct", None),
+        ("Qwen/Qwen2.5-VL-3B-Instruct@main", "Qwen/Qwen2.5-VL-3B-Instruct", "main"),
+        ("a_b/c.d@refs/pr/7", "a_b/c.d", "refs/pr/7"),
+    ],
+)
+def test_a_hub_id_is_fetched_at_its_revision(name, repository, revision, monkeypatch, tmp_path):
+    asked = []
+
+    def download(repo_id, *, revision, allow_patterns):
+        asked.append((repo_id, revision))
+        assert {"*.safetensors", "*.json", "*.jinja"} <= set(allow_patterns)
+        assert not any("bin" in pattern for pattern in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve(name) == tmp_path
+    assert asked == [(repository, revision)]
+
+
+@pytest.mark.parametrize("name", ["model", "a/b/c", "./a/b", "/a/b", "a/b@", "a/b@x y", "-/../b@main"])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_named(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    refused(re.escape(f"checkpoint {name}: no such folder"), lambda: resolve(name))
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(monkeypatch):
+    def download(*_, **__):
+        raise OSError("no route\nto the hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    refused(r"a/b@main: no such folder, and the hub could not give it \(no route\)", lambda: resolve("a/b@main"))
 
 
 # --- configs ---

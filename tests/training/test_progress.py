@@ -6,7 +6,7 @@ import json
 import pytest
 
 from ril_jax.errors import InputError
-from ril_jax.training.progress import Progress, StageTimer, duration
+from ril_jax.training.progress import Progress, StageTimer, duration, of_bytes
 
 
 class Clock:
@@ -65,6 +65,29 @@ def test_a_log_gets_plain_lines_every_interval_and_one_at_the_end(clock):
     assert lines[0] == "sft   1/60 questions    1%  1.0 questions/s  ETA 59s  loss 0.1235"
     assert [line.split()[1] for line in lines[:-2]] == ["1/60", "11/60", "21/60", "31/60", "41/60", "51/60", "60/60"]
     assert lines[-1] == "sft: 60 questions in 1m00s (training 1m00s), 1.0 questions/s"
+
+
+def test_bytes_are_shown_as_gigabytes_with_their_rate_and_the_time_left(clock):
+    stream = io.StringIO()
+    show = of_bytes("load 7b", clock=clock, stream=stream)
+    show(0, 16 * 10**9)
+    for done in (4, 12, 16):
+        clock.now += 12
+        show(done * 10**9, 16 * 10**9)
+    assert stream.getvalue().splitlines() == [
+        "load 7b   0.0/16.0 GB    0%  - GB/s  ETA ?",
+        "load 7b   4.0/16.0 GB   25%  3.0 s/GB  ETA 36s",
+        "load 7b  12.0/16.0 GB   75%  0.5 GB/s  ETA 8.0s",
+        "load 7b  16.0/16.0 GB  100%  2.2 s/GB  ETA 0.0s",
+    ]
+
+
+def test_nothing_is_shown_of_what_takes_seconds(clock):
+    stream = io.StringIO()
+    show = of_bytes("load tiny", clock=clock, stream=stream)
+    show(0, 10**9)
+    show(10**9, 10**9)
+    assert not stream.getvalue()
 
 
 def test_a_terminal_line_is_updated_in_place_and_never_wraps(clock, monkeypatch):
