@@ -26,6 +26,7 @@ RULES: dict[str, str] = {
     "vision_ff": "tensor",
 }
 BATCH = ("data", "fsdp")
+_mesh: Mesh | None = None
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
@@ -64,6 +65,49 @@ def param_shardings(specs: Mapping[str, ParamSpec], mesh: Mesh) -> dict[str, Nam
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh, shape: tuple[int, ...], axis: int) -> NamedSharding:
+    """The rows of an array (one of its axes) over data and fsdp; replicated where there are none to divide."""
+    if len(shape) <= axis or shape[axis] % num_shards(mesh) or num_shards(mesh) == 1:
+        return replicated(mesh)
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH))
+
+
+def num_shards(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are spread."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def use(mesh: Mesh) -> None:
+    """From here on `constrain` means this mesh; every program of a process is for one set of devices."""
+    global _mesh
+    _mesh = mesh
+
+
+def constrain(tree: Any, *axes: str | None) -> Any:
+    """Inside jit: say where arrays lie, by logical axes ("batch", or those of RULES), leading ones first.
+
+    Without it XLA may choose to gather activations instead of weights. Nothing on one device; an axis that does not
+    divide is left to XLA.
+    """
+    mesh = _mesh
+    if mesh is None or mesh.size == 1:
+        return tree
+
+    def one(x):
+        parts: list[Any] = []
+        for size, axis in zip(x.shape, axes, strict=False):
+            target = BATCH if axis == "batch" else RULES.get(axis or "")
+            count = num_shards(mesh) if axis == "batch" else mesh.shape[target] if target else 1
+            parts.append(target if target and count > 1 and size % count == 0 else None)
+        if not any(parts):
+            return x
+        while parts and parts[-1] is None:
+            parts.pop()
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*parts)))
+
+    return jax.tree.map(one, tree)
 
 
 def put(tree: Any, mesh: Mesh) -> Any:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ril_jax import sharding
 from ril_jax.models import attention
 from ril_jax.models.config import TextConfig
 from ril_jax.models.layers import Linear, RMSNorm, SwiGLU, rotate, scan_layers
@@ -110,13 +111,20 @@ class Qwen2(nnx.Module):
 
         Returns: (hidden [B, T, D], cache or None).
         """
+        x = sharding.constrain(x, "batch")
         rope = self.rope(positions, x.dtype, _row_lengths(positions, valid, prompt_len))
 
         def attend(q, k, v):
             out = attention.group_attention(q, k, v, valid, prompt_len=prompt_len, num_responses=num_responses)
             return out, ((k, v) if keep_cache else None)
 
-        x, cache = scan_layers(self.layers, lambda layer, x, _: layer(x, rope, attend), x, remat=remat, unroll=unroll)
+        x, cache = scan_layers(
+            self.layers,
+            lambda layer, x, _: layer(sharding.constrain(x, "batch"), rope, attend),
+            x,
+            remat=remat,
+            unroll=unroll,
+        )
         return self.norm(x), cache
 
     def decode(self, x, positions, prompt_cache, prompt_valid, own_cache, own_len, *, layers=None):
@@ -130,6 +138,7 @@ class Qwen2(nnx.Module):
 
         Returns: (hidden [B, G, D], the new token's (k, v), each [L, B, K, G, H]).
         """
+        x = sharding.constrain(x, "batch")
         rope = self.rope(positions, x.dtype)
 
         def body(layer, x, caches):

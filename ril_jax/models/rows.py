@@ -30,8 +30,8 @@ def response_hidden(
     """Final hidden states of a batch of rows.
 
     Args:
-      prompts: [B, P] arrays; responses: [B, S, R] arrays; features: [F, D] encoded images that `feature_index` points
-        into.
+      prompts: [B, P] arrays; responses: [B, S, R] arrays; features: encoded images that `feature_index` points
+        into, as `VisionLanguageModel.embed` takes them.
 
     Returns: (hidden of the prompt's last token [B, D], hidden of the responses [B, S, R, D]).
     """

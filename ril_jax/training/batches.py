@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from ril_jax import sharding
 from ril_jax.data.chat import ChatTokenizer, EncodedPrompt
 from ril_jax.data.images import decode_image
 from ril_jax.data.packing import (
@@ -64,9 +66,10 @@ class Buckets:
     prompts: tuple[int, ...]
     responses: tuple[int, ...]
     rungs: tuple[Rung, ...]
+    shards: int = 1  # groups of rows in a micro-batch, each with an image buffer of its own
 
     @classmethod
-    def from_config(cls, model: ModelConfig, data: Any) -> "Buckets":
+    def from_config(cls, model: ModelConfig, data: Any, *, shards: int = 1) -> "Buckets":
         """Of the fields of config.data; rungs of another family than the model's are for other models of the run.
 
         Raises InputError where all of them are.
@@ -81,34 +84,28 @@ class Buckets:
             tiled = isinstance(model.vision, InternVisionConfig)
             shape = "(tiles,) for InternVL" if tiled else "(patches, images, patches in the largest) for Qwen2.5-VL"
             raise InputError(f"config.data.vision_rungs has no rung of the form {shape}; add one that holds a batch")
-        return cls(model, tuple(data.prompt_buckets), tuple(data.response_buckets), rungs)
+        return cls(model, tuple(data.prompt_buckets), tuple(data.response_buckets), rungs, shards)
 
-    def pack_prompts(
-        self, prompts: Sequence[EncodedPrompt], *, batch: int, micro: int = 0, offset_features: bool = True
-    ) -> PromptBatch:
+    def pack_prompts(self, prompts: Sequence[EncodedPrompt], *, batch: int, micro: int = 0) -> PromptBatch:
         """Stacked micro-batches [M, micro, ...] of `batch` rows, all of one shape.
 
-        With `offset_features` the feature indices count through the images of all micro-batches, for features that are
-        encoded once for the whole batch; without, each micro-batch counts from its own first image.
+        Images lie in [M, groups, ...] buffers, and feature indices count within a group: `shards` equal groups of rows
+        where the micro-batch can be divided so, else one.
         """
         micro = micro or batch
-        groups = [prompts[i : i + micro] for i in range(0, batch, micro)]
+        rows = micro // self.groups(micro)
+        groups = [prompts[i : i + rows] for i in range(0, batch, rows)]
         longest = max((len(prompt.token_ids) for prompt in prompts), default=1)
         length = pick_bucket(longest, self.prompts, name="a prompt")
         images = [[image for prompt in group for image in prompt.images] for group in groups]
         needed = [rung for group in images if (rung := pick_rung(group, self.rungs, self.model.vision)) is not None]  # type: ignore[arg-type]
         rung = max(needed, key=lambda rung: rung.size) if needed else None
-        packed = [pack_prompts(group, self.model, batch=micro, prompt_len=length, rung=rung) for group in groups]
-        if offset_features and rung is not None:
-            assert self.model.vision is not None
-            step = rung.num_features(self.model.vision)
-            packed = [
-                p._replace(feature_index=np.where(p.feature_index >= 0, p.feature_index + i * step, -1))
-                for i, p in enumerate(packed)
-            ]
-        if len(packed) == 1:  # a view: the patches of all images are large
-            return jax.tree.map(lambda leaf: leaf[None], packed[0])
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *packed)
+        packed = [pack_prompts(group, self.model, batch=rows, prompt_len=length, rung=rung) for group in groups]
+        return _stack_groups(packed, batch // micro)
+
+    def groups(self, micro: int) -> int:
+        """Groups of rows in a micro-batch of that size."""
+        return self.shards if micro % self.shards == 0 else 1
 
     def pack_responses(
         self, responses: Sequence[Sequence[np.ndarray]], *, batch: int, micro: int = 0, slots: int = 0
@@ -119,6 +116,48 @@ class Buckets:
         length = pick_bucket(min(longest, max(self.responses)), self.responses, name="a response")
         packed = pack_responses(responses, batch=batch, response_len=length, slots=slots)
         return jax.tree.map(lambda a: a.reshape(batch // micro, micro, *a.shape[1:]), packed)
+
+
+def _stack_groups(groups: Sequence[PromptBatch], count: int) -> PromptBatch:
+    """`count` micro-batches of equally many groups each: rows [M, b, ...], images [M, groups, ...]."""
+    if len(groups) == 1:  # views: the patches of all images are large
+        vision = groups[0].vision
+        one = jax.tree.map(lambda leaf: leaf[None], groups[0]._replace(vision=None))
+        return one._replace(vision=None if vision is None else jax.tree.map(lambda leaf: leaf[None, None], vision))
+    vision = None
+    if groups[0].vision is not None:
+        vision = jax.tree.map(lambda *leaves: _in_micro(np.stack(leaves), count), *(g.vision for g in groups))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(g._replace(vision=None) for g in groups))
+    positions = _in_micro(stacked.positions, count)  # [M, groups, 3, b / groups, P]
+    positions = np.moveaxis(positions, 2, 1).reshape(count, 3, -1, positions.shape[-1])
+    rows = jax.tree.map(
+        lambda leaf: _in_micro(leaf, count).reshape(count, -1, *leaf.shape[2:]), stacked._replace(positions=None)
+    )
+    return rows._replace(positions=positions, vision=vision)
+
+
+def _in_micro(leaf: np.ndarray, count: int) -> np.ndarray:
+    return leaf.reshape(count, -1, *leaf.shape[1:])
+
+
+def put(tree: Any, mesh: Mesh, *, micro: bool = True) -> Any:
+    """Host arrays on the devices, their rows over the mesh's data and fsdp axes.
+
+    Rows are axis 1 of micro-batches [M, b, ...] and axis 0 of flat batches (`micro=False`); `PromptBatch.positions` has
+    its axes of rotation before them. What has no rows, or a number that does not divide, is replicated.
+    """
+
+    def of(path, leaf):
+        name = getattr(path[-1], "name", "") if path else ""
+        axis = int(micro) + (name == "positions" and leaf.ndim == 3 + int(micro))
+        return jax.device_put(leaf, sharding.rows(mesh, leaf.shape, axis))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def flatten_features(features: jax.Array | None) -> jax.Array | None:
+    """[M, groups, F, D] -> [M * groups, F, D], for rows as `flatten_micro` gives them."""
+    return None if features is None else features.reshape(-1, *features.shape[2:])
 
 
 def flatten_micro(prompts: PromptBatch) -> PromptBatch:

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ril_jax import sharding
 from ril_jax.data.records import Question, QuestionDataset, Response, read_dataset, write_dataset
 from ril_jax.errors import InputError
 from ril_jax.models.parameters import hash_name
-from ril_jax.training.batches import Buckets, PromptEncoder, flatten_micro
+from ril_jax.training.batches import Buckets, PromptEncoder, flatten_features, flatten_micro, put
 from ril_jax.training.metrics import write_atomically
 from ril_jax.training.progress import Progress, of_bytes
 from ril_jax.training.run import Run
@@ -94,7 +95,7 @@ def _sample_parts(run: Run, name: str, questions: list[Question], todo: list[int
     programs = run.make_programs(model, settings)
     params = programs.cast(params)
     encoder = PromptEncoder(model.chat, max_length=max(config.data.prompt_buckets))
-    buckets = Buckets.from_config(model.config, config.data)
+    buckets = Buckets.from_config(model.config, config.data, shards=sharding.num_shards(run.mesh))
     limit = config.sampling.max_completion_length
     progress = Progress(f"collect {name}", len(questions), start=len(questions) - sum(
         min(size, len(questions) - start) for start in todo))  # fmt: skip
@@ -102,12 +103,13 @@ def _sample_parts(run: Run, name: str, questions: list[Question], todo: list[int
         run.stop_if_asked()
         chunk = questions[start : start + size]
         prompts = buckets.pack_prompts([encoder(q) for q in chunk], batch=size)
-        features = programs.encode(params, prompts.vision) if prompts.vision is not None else None
+        features = programs.encode(params, put(prompts.vision, run.mesh)) if prompts.vision is not None else None
         keys = np.stack([question_key(config.seed, f"collect/{name}", q.id) for q in chunk])
         keys = np.concatenate([keys, np.zeros((size - len(chunk), 2), np.uint32)])
         samples = jax.device_get(
             sampler(
-                params, flatten_micro(prompts), features, keys,
+                params, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
+                put(keys, run.mesh, micro=False),
                 num_samples=config.collect.num_generations, max_tokens=limit, sampling=run.sampling_params(),
             )
         )  # fmt: skip

@@ -44,6 +44,7 @@ class Discriminator:
             tuple(self.settings.prompt_buckets),
             tuple(r + self.prompts.extra for r in data.response_buckets),
             run.buckets.rungs,
+            run.buckets.shards,
         )
         self.programs = _programs(run.programs, self.network)
 
@@ -53,7 +54,7 @@ class Discriminator:
 
     def pack(self, rows: Sequence[tuple[Any, list[np.ndarray]]], *, batch: int, micro: int):
         """Arrays of `DiscriminatorPrompts.rows` of every question of a batch."""
-        prompts = self.buckets.pack_prompts([p for p, _ in rows], batch=batch, micro=micro, offset_features=False)
+        prompts = self.buckets.pack_prompts([p for p, _ in rows], batch=batch, micro=micro)
         return prompts, self.buckets.pack_responses([r for _, r in rows], batch=batch, micro=micro)
 
     def make_update(self, optimizer: optax.GradientTransformation, num_student: int):

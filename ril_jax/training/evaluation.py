@@ -13,7 +13,7 @@ from ril_jax.models.parameters import Params
 from ril_jax.rewards.judge import Judge
 from ril_jax.rewards.verdict import JudgeItem
 from ril_jax.sampling.logits import SamplingParams
-from ril_jax.training.batches import flatten_micro
+from ril_jax.training.batches import flatten_features, flatten_micro, put
 from ril_jax.training.rewards import plain_prompt
 from ril_jax.training.run import Run
 
@@ -32,13 +32,13 @@ def evaluate(run: Run, params: Params, questions: Sequence[Question], judge: Jud
     for start in range(0, len(questions), size):
         chunk = [questions[i] for i in range(start, min(start + size, len(questions)))]
         prompts = run.buckets.pack_prompts([run.encoder(q) for q in chunk], batch=size)
-        features = run.programs.encode(params, prompts.vision) if prompts.vision is not None else None
+        features = run.programs.encode(params, put(prompts.vision, run.mesh)) if prompts.vision is not None else None
         samples = jax.device_get(
             run.sampler(
                 params,
-                flatten_micro(prompts),
-                features,
-                np.zeros((size, 2), np.uint32),
+                put(flatten_micro(prompts), run.mesh, micro=False),
+                flatten_features(features),
+                put(np.zeros((size, 2), np.uint32), run.mesh, micro=False),
                 num_samples=1,
                 max_tokens=run.config.sampling.max_completion_length,
                 sampling=SamplingParams(temperature=0.0),

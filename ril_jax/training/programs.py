@@ -29,12 +29,11 @@ class Programs:
 
     @functools.cached_property
     def encode(self):
-        """(params, VisionInputs stacked [M, ...]) -> features [M * X/4, D], one micro-batch at a time."""
+        """(params, image buffers [M, groups, ...]) -> features [M, groups, F, D], one micro-batch at a time."""
 
         def encode(params: Params, vision):
             model = self.network.bind(cast(params, self.dtype))
-            features = jax.lax.map(lambda v: model.encode(v, dtype=self.dtype, unroll=self.unroll), vision)
-            return features.reshape(-1, features.shape[-1])
+            return jax.lax.map(lambda v: model.encode(v, dtype=self.dtype, unroll=self.unroll), vision)
 
         return jax.jit(encode)
 
@@ -46,9 +45,9 @@ class Programs:
             params = cast(params, self.dtype)
 
             def one(micro):
-                return self.logprobs(params, *micro, features)
+                return self.logprobs(params, *micro)
 
-            return jax.lax.map(one, (prompts._replace(vision=None), responses))
+            return jax.lax.map(one, (prompts._replace(vision=None), responses, features))
 
         return jax.jit(score)
 

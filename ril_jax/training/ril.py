@@ -5,7 +5,6 @@ The baselines are the same loop by config: Dr.GRPO and GRPO have no teacher rows
 
 import functools
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from ril_jax.models.parameters import Params, cast
 from ril_jax.pretrained import save_folder
 from ril_jax.rewards.judge import JudgeInterrupted, RulesJudge
 from ril_jax.training import discriminator as discriminator_lib
-from ril_jax.training.batches import flatten_micro
+from ril_jax.training.batches import flatten_features, flatten_micro, put
 from ril_jax.training.collect import STUDENT, question_key, teacher_dataset
 from ril_jax.training.evaluation import evaluate
 from ril_jax.training.metrics import Sample, SampleResponse, SampleTable
@@ -102,7 +101,7 @@ class Ril:
         prompts = run.buckets.pack_prompts([run.encoder(q) for q in questions], batch=self.B, micro=self.micro)
         pi_old = run.programs.cast(self.state.student.params | self.frozen)
         run.expect(f"ril/{self.arm}/sample", prompts)
-        vision = prompts.vision
+        vision = put(prompts.vision, run.mesh)
         features = run.programs.encode(pi_old, vision) if vision is not None else None
         prompts = prompts._replace(vision=None)
 
@@ -129,7 +128,8 @@ class Ril:
         keys = np.stack([question_key(run.config.seed, f"ril/{step}/{i}", q.id) for i, q in enumerate(questions)])
         samples = jax.device_get(
             run.sampler(
-                pi_old, flatten_micro(prompts), features, keys,
+                pi_old, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
+                put(keys, run.mesh, micro=False),
                 num_samples=self.G, max_tokens=self.L, sampling=run.sampling_params(),
             )
         )  # fmt: skip
@@ -186,7 +186,7 @@ class Ril:
         ]
         micro = self.config.discriminator.micro_batch_size
         micro = micro if micro and self.B % micro == 0 else self.micro
-        batch = sharding.put(discriminator.pack(rows, batch=self.B, micro=micro), run.mesh)
+        batch = put(discriminator.pack(rows, batch=self.B, micro=micro), run.mesh)
         run.expect(f"ril/{self.arm}/discriminator", batch)
         state, metrics = self.state.discriminator, {}
         if not self.config.discriminator.frozen:
@@ -221,7 +221,7 @@ class Ril:
         width = min(self.L, mask.shape[-1])
         sampled[..., :width] = group.sampled_logprobs[..., :width]
         per_row = [split_micro(values, self.B // self.micro) for values in (sampled, advantages)]
-        rows = sharding.put((prompts, responses, mask, *per_row), run.mesh)
+        rows = put((prompts, responses, mask, *per_row), run.mesh)
         run.expect(f"ril/{self.arm}/update", rows, features)
         prompts, responses = rows[:2]
         ref = old = None
@@ -232,11 +232,12 @@ class Ril:
         if c.num_iterations > 1:
             pi = self.state.student.params | self.frozen
             old, _ = run.programs.score(pi, prompts, responses, features)
-        tower = sharding.put(self.trained_tower(vision), run.mesh)
+        tower = vision if c.train_vision else None  # what the update needs to encode the images itself
         normalizer = self.normalizer(mask.shape[0])
         student = self.state.student
         for _ in range(c.num_iterations):
-            student, values = self.update(student, (self.frozen, features), (*rows, tower, old, ref, normalizer))
+            batch = (*rows, features, tower, old, ref, normalizer)
+            student, values = self.update(student, self.frozen, batch)
         self.state = self.state._replace(student=student)
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if not values.pop("finite"):
@@ -249,14 +250,6 @@ class Ril:
             if name in values:
                 values[name] /= tokens
         return values | {"num_tokens": tokens}
-
-    def trained_tower(self, vision):
-        """What the update needs to encode the images itself, (images, first feature of each micro-batch), else None."""
-        if vision is None or not self.config.ril.train_vision:
-            return None
-        micro_batches, *buffer, _ = vision.patches.shape
-        features = math.prod(buffer) // self.run.student.config.vision.merge_unit
-        return vision, np.arange(micro_batches, dtype=np.int32) * features
 
     def normalizer(self, micro_batches: int) -> np.ndarray:
         """2G * B * L for Dr.GRPO, the number of rows for GRPO; one copy a micro-batch."""
@@ -415,15 +408,12 @@ def _truncated(question: Question, teachers: ConfigDict) -> bool:
 def _policy_update(programs, optimizer, num_student, epsilon, epsilon_high, beta, loss_type):
     """The jitted update of Eq. 2; shared by the arms that agree in these values."""
 
-    def loss(params: Params, shared, micro):
-        frozen, features = shared
-        prompts, responses, mask, sampled, advantages, tower, old, ref, normalizer = micro
+    def loss(params: Params, frozen: Params, micro):
+        prompts, responses, mask, sampled, advantages, features, tower, old, ref, normalizer = micro
         params = cast(params | frozen, programs.dtype)
         if tower is not None:
-            vision, first = tower
-            prompts = prompts._replace(feature_index=jnp.maximum(prompts.feature_index - first, -1))
             model = programs.network.bind(params)
-            features = model.encode(vision, dtype=programs.dtype, remat=programs.remat, unroll=programs.unroll)
+            features = model.encode(tower, dtype=programs.dtype, remat=programs.remat, unroll=programs.unroll)
         new, entropy = programs.logprobs(params, prompts, responses, features)
         rows, R = new.shape[0] * new.shape[1], new.shape[2]
         flat: Callable[[Any], Any] = lambda a: None if a is None else a.reshape(rows, R)  # noqa: E731

@@ -52,6 +52,7 @@ class Run:
         """Check the config and claim the workdir for it. Raises InputError for either."""
         config_lib.validate(config)
         mesh = sharding.make_mesh(**config.mesh)
+        sharding.use(mesh)
         return cls(config, workdir, mesh, stop, CompileCounter(), StageTimer(workdir))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class Run:
 
     @functools.cached_property
     def buckets(self) -> Buckets:
-        return Buckets.from_config(self.student.config, self.config.data)
+        return Buckets.from_config(self.student.config, self.config.data, shards=sharding.num_shards(self.mesh))
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:

@@ -18,7 +18,7 @@ from ril_jax.data.records import Question
 from ril_jax.errors import InputError
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained, save_folder
-from ril_jax.training.batches import Buckets, PromptEncoder
+from ril_jax.training.batches import Buckets, PromptEncoder, put
 from ril_jax.training.checkpoints import save_failed_batch
 from ril_jax.training.programs import Programs
 from ril_jax.training.progress import Progress
@@ -52,7 +52,7 @@ def train_supervised(
 ) -> Params:
     """Train `model` on the responses of `source` from the parameters that `load` gives; returns the final ones."""
     encoder = PromptEncoder(model.chat, max_length=max(run.config.data.prompt_buckets))
-    buckets = Buckets.from_config(model.config, run.config.data)
+    buckets = Buckets.from_config(model.config, run.config.data, shards=sharding.num_shards(run.mesh))
 
     def encode(question: Question):
         targets = [(r.text, r.finish_reason == "stop") for r in question.responses] or [(question.solution, True)]
@@ -61,13 +61,13 @@ def train_supervised(
 
     def pack(items):
         batch, micro = settings.batch_size, settings.micro_batch_size or settings.batch_size
-        prompts = buckets.pack_prompts([p for p, _ in items], batch=batch, micro=micro, offset_features=False)
+        prompts = buckets.pack_prompts([p for p, _ in items], batch=batch, micro=micro)
         responses = buckets.pack_responses([r for _, r in items], batch=batch, micro=micro, slots=slots)
         normalizer = np.full((batch // micro,), max(responses.mask.sum(), 1), np.float32)
         return prompts, responses, normalizer
 
     slots = max(settings.responses_per_question, 1)
-    params, frozen = split_frozen(load(), train_vision=settings.train_vision)
+    params, frozen = split_frozen(load(), train_vision=settings.train_vision, train_projector=settings.train_projector)
     optimizer = make_optimizer(settings)
     state = run_loop(
         run, label, source, encode, pack, settings, params, optimizer, make_update(programs.sft_loss, optimizer), frozen
@@ -112,7 +112,7 @@ def run_loop(
     for step in range(start + 1, settings.steps + 1):
         position = iterator.get_state()
         run.expect(label, batch)
-        state, sums = update(state, shared, sharding.put(batch, run.mesh))
+        state, sums = update(state, shared, put(batch, run.mesh))
         run.counter.warm(label)
         ahead = pack(next(iterator)) if step < settings.steps else None  # while the device computes
         values = {name: float(value) for name, value in jax.device_get(sums).items()}

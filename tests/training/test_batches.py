@@ -1,5 +1,6 @@
 """Claims about ril_jax/training/batches.py: questions of both families become batches of few, known shapes."""
 
+import dataclasses
 import io
 from types import SimpleNamespace
 
@@ -15,7 +16,6 @@ from ril_jax.data.records import Question
 from ril_jax.errors import InputError
 from ril_jax.models.config import InternVisionConfig, ModelConfig, QwenVisionConfig, TextConfig
 from ril_jax.training.batches import Buckets, PromptEncoder, flatten_micro
-from ril_jax.training.ril import Ril
 
 RUNGS = ((256, 8, 144), 4, (12,), [24], [1024, 8, 256, 64, 64])  # of both families, as configs and the command line
 
@@ -121,33 +121,25 @@ def buffer_patches(patches: np.ndarray, vision) -> np.ndarray:
     return np.einsum("tarbs->tabrs", cut).reshape(-1, 4)
 
 
-@pytest.mark.parametrize("offset_features", [True, False])
+@pytest.mark.parametrize("shards", [1, 2, 3])
 @pytest.mark.parametrize("micro", [2, 3, 6])
-def test_every_placeholder_of_every_micro_batch_finds_its_feature(micro, offset_features, buckets, prompts, model):
+def test_every_placeholder_of_every_micro_batch_finds_its_feature(micro, shards, buckets, prompts, model):
     """Rows with several images, one and none; the last micro-batch of two has none, and a buffer all the same."""
-    batch = buckets.pack_prompts(prompts, batch=6, micro=micro, offset_features=offset_features)
-    num = 6 // micro
+    buckets = dataclasses.replace(buckets, shards=shards)
+    batch = buckets.pack_prompts(prompts, batch=6, micro=micro)
+    num, groups = 6 // micro, shards if micro % shards == 0 else 1
     assert batch.token_ids.shape[:2] == (num, micro)
     assert batch.positions.shape[:3] == (num, 3, micro)
-    each = [buffer_patches(patches, model.vision) for patches in batch.vision.patches]
-    features = np.concatenate(each) if offset_features else None
+    assert batch.vision.patches.shape[:2] == (num, groups)
     for row, prompt in enumerate(prompts):
-        index = batch.feature_index[row // micro, row % micro]
-        np.testing.assert_array_equal(index >= 0, batch.token_ids[row // micro, row % micro] == model.image_token_id)
-        seen = (features if offset_features else each[row // micro])[index[index >= 0]]
-        np.testing.assert_array_equal(seen, real_patches(prompt, model.vision))
+        m, b = divmod(row, micro)
+        features = buffer_patches(batch.vision.patches[m, b // (micro // groups)], model.vision)
+        index = batch.feature_index[m, b]
+        np.testing.assert_array_equal(index >= 0, batch.token_ids[m, b] == model.image_token_id)
+        np.testing.assert_array_equal(features[index[index >= 0]], real_patches(prompt, model.vision))
+        whole = buckets.pack_prompts([prompt], batch=1)
+        np.testing.assert_array_equal(batch.positions[m, :, b], whole.positions[0, :, 0])
     np.testing.assert_array_equal(batch.row_valid.reshape(-1), [True] * 5 + [False])
-
-
-def test_tower_trained_in_ril_finds_the_first_feature_of_each_micro_batch(buckets, prompts, model):
-    counted, own = (buckets.pack_prompts(prompts[:4], batch=4, micro=1, offset_features=f) for f in (True, False))
-    config = SimpleNamespace(ril=SimpleNamespace(train_vision=True))
-    run = SimpleNamespace(student=SimpleNamespace(config=model))
-    vision, first = Ril.trained_tower(SimpleNamespace(config=config, run=run), counted.vision)
-    assert vision is counted.vision
-    for offset, here, there in zip(first, counted.feature_index, own.feature_index, strict=True):
-        np.testing.assert_array_equal(here, np.where(there >= 0, there + offset, -1))
-    assert first[-1] > 0
 
 
 def test_flattened_micro_batches_are_the_whole_batch(buckets, prompts):

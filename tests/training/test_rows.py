@@ -142,8 +142,7 @@ def update_policy(
     trained, frozen = split_frozen(params, train_vision=train_vision)
     prompts = buckets.pack_prompts([batch.prompts[b] for b, _ in rows], batch=count, micro=micro)
     features = programs.encode(params, prompts.vision)
-    first = np.arange(count // micro, dtype=np.int32) * (RUNG.patches // 4)
-    tower = (prompts.vision, first) if train_vision else None
+    tower = prompts.vision if train_vision else None
     prompts = prompts._replace(vision=None)
     responses = buckets.pack_responses(
         [[batch.responses[b][s] for s in slots] for b, slots in rows], batch=count, micro=micro
@@ -162,13 +161,13 @@ def update_policy(
     state = init_state({n: p.copy() for n, p in trained.items()}, optimizer, sharding.make_mesh())
     sampled = split_micro(np.zeros((count, min(G, slots), response_len), np.float32), count // micro)
     advantages = pick(batch.advantages)
-    micro_batches = (prompts, responses, responses.mask, sampled, advantages, tower, old, ref, normalizer)
-    return update(state, (frozen, features), micro_batches)
+    micro_batches = (prompts, responses, responses.mask, sampled, advantages, features, tower, old, ref, normalizer)
+    return update(state, frozen, micro_batches)
 
 
 def update_sft(programs, params, batch, *, micro=B, prompt_len=40, response_len=R):
     buckets = buckets_of(programs.network.bind(programs.network.abstract()).config, prompt_len, response_len)
-    prompts = buckets.pack_prompts(batch.prompts, batch=B, micro=micro, offset_features=False)
+    prompts = buckets.pack_prompts(batch.prompts, batch=B, micro=micro)
     responses = buckets.pack_responses(batch.responses, batch=B, micro=micro)
     optimizer = recorder()
     state = init_state({n: p.copy() for n, p in params.items()}, optimizer, sharding.make_mesh())
@@ -178,7 +177,7 @@ def update_sft(programs, params, batch, *, micro=B, prompt_len=40, response_len=
 
 def update_discriminator(programs, params, batch, *, micro=B, loss="gail", prompt_len=40, response_len=R):
     buckets = buckets_of(programs.network.bind(programs.network.abstract()).config, prompt_len, response_len)
-    prompts = buckets.pack_prompts(batch.prompts, batch=B, micro=micro, offset_features=False)
+    prompts = buckets.pack_prompts(batch.prompts, batch=B, micro=micro)
     responses = buckets.pack_responses(batch.responses, batch=B, micro=micro)
     trained, frozen = split_frozen(params, train_vision=False)
     optimizer = recorder()
@@ -434,7 +433,7 @@ def test_discriminator_reads_the_language_models_last_hidden_state(d_programs, n
 
 def d_batch(batch, config):
     buckets = buckets_of(config)
-    prompts = buckets.pack_prompts(batch.prompts, batch=B, offset_features=False)
+    prompts = buckets.pack_prompts(batch.prompts, batch=B)
     return prompts, buckets.pack_responses(batch.responses, batch=B)
 
 
