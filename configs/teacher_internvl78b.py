@@ -1,0 +1,30 @@
+"""InternVL3-78B as a teacher: samples the paper's 16 responses a question, offline, or answers as a server.
+
+    python -m ril_jax.generate --config=configs/teacher_internvl78b.py --help  # what else it needs, and every field
+    python -m ril_jax.serve --config=configs/teacher_internvl78b.py --help
+
+For 16 chips of 32 GB (v6e-16) or more: a chip holds 14 GB of weights and 10 GB of key-value cache. The 8 key-value
+heads take 8 chips (mesh.tensor); more of them divide the weights further (mesh.fsdp), and in particular what the heads
+cannot divide: an embedding of 151,674 rows, and a tower with 25 heads.
+"""
+
+from ml_collections import ConfigDict
+
+from ril_jax.config import serving_config
+from ril_jax.paper import MAX_TILES, TEACHERS, set_sampling
+
+
+def get_config() -> ConfigDict:
+    c = serving_config()
+    c.checkpoint = TEACHERS["internvl78b"]  # [P]
+    set_sampling(c)
+    c.generate.num_generations = 16  # [P]
+    c.max_tiles = MAX_TILES  # [R] what the students see
+    c.mesh.fsdp, c.mesh.tensor = -1, 8
+
+    # Two images of 1792 tokens with a question, and 512 new tokens. A question's 16 responses share the pages of its
+    # prompt: 3584 pages are twice what 8 such questions, which take all slots, can fill.
+    c.engine.max_model_len = 4608
+    c.engine.slots, c.engine.num_pages = 128, 3584
+    c.engine.prefill = ((256, 8), (2048, 1))
+    return c
