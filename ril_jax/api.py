@@ -4,7 +4,6 @@ Conversations of any length and with any images are packed into few shapes, powe
 compiled; a batch that would not fit at once runs in several.
 """
 
-import base64
 import dataclasses
 import hashlib
 import math
@@ -12,16 +11,17 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote, urlsplit
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from PIL import Image
 
 from ril_jax import sharding
 from ril_jax.data.chat import EncodedPrompt
 from ril_jax.data.images import decode_image
+from ril_jax.data.messages import Messages, images_apart, is_list
 from ril_jax.data.packing import PromptBatch, Rung, TileRung, VisionRung, pack_prompts, pack_responses, window_order
 from ril_jax.errors import InputError
 from ril_jax.models.config import InternVisionConfig, ModelConfig
@@ -31,8 +31,6 @@ from ril_jax.pretrained import Pretrained
 from ril_jax.sampling.logits import SamplingParams
 from ril_jax.sampling.sampler import Sampler
 
-Messages = Sequence[Mapping[str, Any]]
-
 _DTYPES = ("bfloat16", "float32", "float16")
 _MIN_PROMPT, _MIN_RESPONSE, _MIN_PATCHES = 64, 32, 256
 # What runs at once, so that a 7B model and its work fit an accelerator of 24 GB: tokens in the key-value caches,
@@ -40,8 +38,6 @@ _MIN_PROMPT, _MIN_RESPONSE, _MIN_PATCHES = 64, 32, 256
 # runs.
 _MAX_CACHED, _MAX_SAMPLES, _MAX_SCORES = 2**16, 2**8, 2**24
 _SAMPLES_OF_ONE = 64
-_IMAGE_KINDS = ("image", "image_url", "input_image")
-_IMAGE_SOURCES = ("image", "image_url", "path", "url", "bytes", "data", "base64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +219,7 @@ class Model:
         return results if is_batch else results[0]
 
     def _encode(self, conversation: Messages, name: str) -> EncodedPrompt:
-        messages, images = _images_apart(conversation, name)
+        messages, images = images_apart(conversation, name, _read_image)
         return self.chat.encode_prompt(messages, images, name=name)
 
     def _chunks(
@@ -356,63 +352,18 @@ def _sampling_params(temperature: float, top_p: float, top_k: int, repetition_pe
 
 def _conversations(messages: Any) -> tuple[list[tuple[str, Messages]], bool]:
     """Named conversations, and whether it was a batch that was given."""
-    if _is_list(messages) and messages:
+    if is_list(messages) and messages:
         if all(isinstance(message, Mapping) for message in messages):
             return [("messages", messages)], False
-        if all(_is_list(conversation) for conversation in messages):
+        if all(is_list(conversation) for conversation in messages):
             return [(f"conversation {i}", conversation) for i, conversation in enumerate(messages)], True
     raise InputError(
         'messages must be a non-empty list like [{"role": "user", "content": "..."}], or a list of such lists'
     )
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _images_apart(conversation: Messages, name: str) -> tuple[list[Any], list[Any]]:
-    """The messages with bare image parts, and the decoded images in their order; other faults are left to the chat."""
-    messages, images = [], []
-    for i, message in enumerate(conversation):
-        content: Any = message.get("content") if isinstance(message, Mapping) else None
-        if isinstance(content, str):  # here "<image>" in a text is text: images come as parts
-            message = {**message, "content": [{"type": "text", "text": content}]}
-        elif _is_list(content):
-            parts = []
-            for j, part in enumerate(content):
-                if _is_image(part):
-                    where = f"{name}: message {i}, part {j}"
-                    images.append(decode_image(_image_source(part, where), name=where))
-                    part = {"type": "image"}
-                parts.append(part)
-            message = {**message, "content": parts}
-        messages.append(message)
-    return messages, images
-
-
-def _is_image(part: Any) -> bool:
-    if not isinstance(part, Mapping):
-        return False
-    kind = part.get("type")
-    return kind in _IMAGE_KINDS or (kind is None and any(part.get(key) is not None for key in _IMAGE_KINDS))
-
-
-def _image_source(part: Mapping[str, Any], where: str) -> Any:
-    """What `decode_image` takes, from any of the keys that carry an image."""
-    key = next((key for key in _IMAGE_SOURCES if part.get(key) is not None), None)
-    if key is None:
-        raise InputError(f"{where}: an image part without an image; give it under one of {', '.join(_IMAGE_SOURCES)}")
-    source = part[key]
-    if isinstance(source, Mapping):
-        source = source.get("url")
-    if isinstance(source, str) and key in ("data", "base64") and source[:5].lower() != "data:":
-        try:
-            return base64.b64decode("".join(source.split()), validate=True)
-        except ValueError as error:
-            raise InputError(f"{where}: {key!r} is not valid base64 ({error})") from None
-    if isinstance(source, str) and source[:7].lower() == "file://":
-        return Path(unquote(urlsplit(source).path))
-    return source
+def _read_image(source: Any, where: str) -> Image.Image:
+    return decode_image(source, name=where)
 
 
 def _too_long(name: str, found: str, context: int) -> InputError:

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 import ril_jax
 from ril_jax import api
+from ril_jax.data.messages import images_apart
 from ril_jax.data.packing import pack_images
 from ril_jax.sampling.sampler import Samples
 
@@ -274,7 +275,7 @@ def test_an_image_may_come_in_every_form(tmp_path):
         {"type": "image", "bytes": png(SMALL)}, {"type": "image", "data": encoded},
         {"type": "image", "base64": encoded},
     ]  # fmt: skip
-    messages, images = api._images_apart(user(*parts, text("a")), "messages")
+    messages, images = images_apart(user(*parts, text("a")), "messages", api._read_image)
     assert messages == user(*[{"type": "image"}] * len(parts), text("a"))
     assert len(images) == len(parts)
     for image in images:
