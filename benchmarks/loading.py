@@ -4,7 +4,9 @@
 
 Method. A checkpoint with the tensors of Qwen2.5-VL of that size (its full widths and vocabulary, `--layers` layers of
 decoder and tower each) is written in bfloat16 into a temporary folder, in shards of at most 1 GB with an index. The
-reference is one pass over the shards in order with reads of 16 MiB into one buffer. Cold means that the files' pages
+references are one pass over the shards in order with reads of 16 MiB into one buffer, and the same into an array as
+large as the files: parameters on the host take fresh memory, which costs more than reading on many virtual machines,
+and no loader does without. Cold means that the files' pages
 were given up before (posix_fadvise, after fsync), warm that they had just been read; the disk below may have caches of
 its own, which is the same for both sides. Each load is a process of its own, and is timed without importing and
 without what a first tiny load compiles or allocates; programs for the large shapes are compiled within the time.
@@ -35,6 +37,8 @@ from ril_jax.models.tensor_files import NewTensor, SafetensorsFolder, write_fold
 from ril_jax.models.vlm import VisionLanguageModel
 
 FIXED = 256 << 20  # bytes: staging, small parameters, the compiler, and the heap's own leftovers
+READING, KEEPING = "reading the files", "reading them into fresh memory"
+WHAT = (READING, KEEPING, "loading as bfloat16", "loading as float32")
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
@@ -44,7 +48,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of the decoder and of the tower")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", help="where to write; needs the room of the checkpoint (default: temporary)")
-    parser.add_argument("--child", nargs=2, metavar=("CHECKPOINT", "DTYPE"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, metavar=("CHECKPOINT", "WHAT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         child(args, *args.child)
@@ -120,14 +124,15 @@ def write_checkpoint(folder: Path, network: Network) -> None:
             os.fsync(file.fileno())
 
 
-def read(paths: list[Path]) -> float:
-    """Seconds of one pass over the files."""
-    buffer = bytearray(16 << 20)
-    start = time.perf_counter()
+def read(paths: list[Path], *, keep: bool = False) -> float:
+    """Seconds of one pass over the files, into one buffer or, to `keep` them, into fresh memory."""
+    step = 16 << 20
+    out = memoryview(np.empty(sum(path.stat().st_size for path in paths) + step if keep else step, np.uint8).data)
+    start, done = time.perf_counter(), 0
     for path in paths:
         with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
+            while count := file.readinto(out[done : done + step]):
+                done += count if keep else 0
     return time.perf_counter() - start
 
 
@@ -152,7 +157,10 @@ def load_apart(args: argparse.Namespace, folder: Path, dtype: str) -> dict:
     return json.loads(done.stdout)
 
 
-def child(args: argparse.Namespace, folder: str, dtype: str) -> None:
+def child(args: argparse.Namespace, folder: str, what: str) -> None:
+    if what in (READING, KEEPING):
+        print(json.dumps({"seconds": read(sorted(Path(folder).glob("*.safetensors")), keep=what == KEEPING)}))
+        return
     import jax
     import jax.numpy as jnp
 
@@ -161,7 +169,7 @@ def child(args: argparse.Namespace, folder: str, dtype: str) -> None:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest resident size counts from here
     start = time.perf_counter()
-    params = load_params(folder, network, dtype=jnp.dtype(dtype))
+    params = load_params(folder, network, dtype=jnp.dtype(what.split()[-1]))
     seconds = time.perf_counter() - start
     peak = resident("VmHWM")
     on_host = sum(p.nbytes for p in params.values() if all(d.platform == "cpu" for d in p.devices()))

@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -56,9 +58,11 @@ def from_file(folder, network, dtype):
     }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("where", ["host", "device"])
-@pytest.mark.parametrize("staging", [hub.STAGING, 0, 40_000])
+@pytest.mark.parametrize(
+    ("staging", "dtype"),
+    [(hub.STAGING, "float32"), (40_000, "bfloat16"), (0, "float32"), (0, "bfloat16"), (0, "float16")],
+)
 def test_small_and_large_parameters_are_what_the_file_says(staging, where, dtype, tiny_vl, monkeypatch):
     """With `staging` 0 nothing is small: everything goes tensor by tensor, as parameters of gigabytes do."""
     monkeypatch.setattr(hub, "_transposes_here", lambda _: where == "host")
@@ -118,7 +122,43 @@ SHARDED = """
 def test_eight_devices_get_their_parts_and_give_them_back(tiny_vl, tmp_path):
     output = apart(SHARDED, tiny_vl.folder, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert output == "the same\n"
-    there, here = load_file(tiny_vl.folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert_same_tensors(tmp_path, tiny_vl.folder)
+
+
+TWO = """
+    import sys
+    import jax
+
+    port, rank, folder, out = sys.argv[1:]
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+    from ril_jax import sharding
+    from ril_jax.models import hub
+    from ril_jax.models.config import ModelConfig
+    from ril_jax.models.parameters import Network
+    from ril_jax.models.tensor_files import SafetensorsFolder
+    from ril_jax.models.vlm import VisionLanguageModel
+
+    config = ModelConfig.from_folder(folder)
+    network = Network(lambda: VisionLanguageModel(config))
+    shardings = sharding.param_shardings(network.specs, sharding.make_mesh(fsdp=2, tensor=2))
+    params = hub.load_params(folder, network, shardings=shardings, staging=0)
+    assert sum(not p.is_fully_addressable for p in params.values()) > 20
+    hub.save_params(out, network, params)
+"""
+
+
+def test_two_processes_read_their_parts_and_write_one_folder(tiny_vl, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: apart(TWO, port, rank, tiny_vl.folder, tmp_path / "out", **flags), (0, 1)))
+    assert_same_tensors(tmp_path / "out", tiny_vl.folder)
+
+
+def assert_same_tensors(folder, other):
+    there, here = load_file(other / "model.safetensors"), load_file(folder / "model.safetensors")
     assert there.keys() == here.keys()
     for name in there:
         np.testing.assert_array_equal(here[name], there[name], err_msg=name)
