@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
+from ril_jax import distributed
 from ril_jax.errors import InputError
 
 USAGE_STATUS = 2
@@ -38,30 +39,48 @@ class Flag:
     help: str = ""
 
 
+PROCESS_FLAGS = (
+    Flag("coordinator", help="HOST:PORT on which process 0 listens; found by itself on TPU VMs, GKE and SLURM"),
+    Flag("num_processes", int, help="how many processes the run has; 1 keeps it alone wherever it is"),
+    Flag("process_id", int, help="which of them this one is, from 0"),
+)
+
+
 def run(
     main: Callable[[SimpleNamespace], int | None],
     *,
     required: Sequence[str] = ("config", "workdir"),
     flags: Sequence[Flag] = (),
+    processes: bool = False,
     argv: Sequence[str] | None = None,
 ) -> NoReturn:
     """Parse the command line, call `main(args)` and leave the process with its exit status.
 
     A mistake of the user (InputError, wherever it is raised) is printed as its one line and ends with status 2; Ctrl-C
-    ends with 130; any other exception is a bug and keeps its traceback.
+    ends with 130; any other exception is a bug and keeps its traceback. With `processes` the program may run as one of
+    many (ril_jax/distributed.py): it gets the flags for that, and has joined the others before `main` begins.
     """
     argv = list(sys.argv if argv is None else argv)
+    flags = (*flags, *PROCESS_FLAGS) if processes else flags
     try:
         if any(word in ("--help", "-help", "-h", "--helpfull") for word in argv[1:]):
             print(_usage(argv, main, required, flags))
             sys.exit(0)
-        status = main(parse_arguments(argv, required=required, flags=flags))
+        args = parse_arguments(argv, required=required, flags=flags)
+        if processes:
+            distributed.initialize(args)
+        status = main(args)
     except InputError as error:
         _print_error(error)
-        sys.exit(USAGE_STATUS)
+        distributed.leave(USAGE_STATUS)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(INTERRUPTED_STATUS)
+        distributed.leave(INTERRUPTED_STATUS)
+    except Exception:
+        if not distributed.joined():
+            raise
+        traceback.print_exc()
+        distributed.leave(1)
     sys.exit(status or 0)
 
 
@@ -104,6 +123,8 @@ def parse_arguments(
     if len(words) > 1:
         raise InputError(f"unexpected word {words[1]!r} on the command line: every setting is written as --name=value")
 
+    if "://" in (values.workdir or ""):
+        raise InputError(f"--workdir={values.workdir}: give a folder; mount the bucket and name a folder in it")
     args = SimpleNamespace(config=config, workdir=Path(values.workdir).expanduser() if values.workdir else None)
     for flag in flags:
         setattr(args, flag.name, values[flag.name].value)

@@ -84,4 +84,4 @@ def _run_arms(run) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, processes=True)
