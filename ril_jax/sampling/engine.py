@@ -83,6 +83,7 @@ class Engine:
         self._numbers = itertools.count()
         self._reserved = 0  # pages that are kept for the first samples of requests that are begun
         self._short_of_pages = False
+        self._any_cancelled = False
         self._most_begun = 2 * self.shapes.slots
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -102,12 +103,20 @@ class Engine:
         self.counter.warm("engine")
 
     def submit(self, request: Request | ScoreRequest, notify: Callable[[Any], None]) -> Job:
-        """Queue a request; `notify` gets its news. Raises InputError where it can never run."""
+        """Queue a request; `notify` gets its news, in the engine's thread.
+
+        Raises InputError where it can never run, and RuntimeError where the engine has failed or is closed.
+        """
         if self.failure:
             raise RuntimeError(self.failure)
         job = self._prepare(request, notify)
-        self._post(lambda: self._queue.append(job))
+        self._post(lambda: self._queue.append(job), new=True)
         return job
+
+    def room(self, length: int) -> int:
+        """Tokens that a response to a prompt of that length may have at most; less than 1 where it has no room."""
+        shapes = self.shapes
+        return min(shapes.max_model_len, (shapes.num_pages - 2) * shapes.page_size) - length
 
     def cancel(self, job: Job, sample: int | None = None) -> None:
         """Stop a request, or one of its samples; it gets no more news than that it was cancelled."""
@@ -117,6 +126,7 @@ class Engine:
                 job.cancelled = True
             else:
                 job.cancelled_samples.add(sample)
+            self._any_cancelled = True
 
         self._post(act)
 
@@ -169,7 +179,8 @@ class Engine:
         """One turn: take news, start samples, prefill, decode. Returns whether anything is left to do."""
         while self._inbox:
             self._inbox.popleft()()
-        self._drop_cancelled()
+        if self._any_cancelled:
+            self._drop_cancelled()
         self._begin()
         busy = self.num_running > 0
         # Prompts go first while nothing is being decoded; otherwise decoding never waits for more than a few calls.
@@ -215,17 +226,23 @@ class Engine:
         keys, whole = chunk_keys(content, shapes.chunk)
         rows, offset = [], 0
         for (digest, count), image in zip(digests, prompt.images, strict=True):
-            self._features.check(image)
             rows.append((digest, offset, count, image))
             offset += count
+        places = np.flatnonzero(arrays.feature_index[0] >= 0)
+        self._features.check(
+            [(image, places[at : at + count], digest) for digest, at, count, image in rows], shapes.chunk
+        )
         job = Job(request, notify, next(self._numbers), arrays, limit, keys, whole, rows, submitted=time.monotonic())
         if isinstance(request, Request):
             job.samples = [Sample(job, i) for i in range(request.n)]
             job.waiting = deque(job.samples)
         return job
 
-    def _post(self, act: Callable[[], None]) -> None:
+    def _post(self, act: Callable[[], None], *, new: bool = False) -> None:
+        """Have `act` done at the next step. Raises RuntimeError where it brings something new and there may be none."""
         with self._wake:
+            if new and (self.failure or self._closing):
+                raise RuntimeError(self.failure or "the engine is closed")
             self._inbox.append(act)
             self._wake.notify_all()
 
@@ -287,14 +304,17 @@ class Engine:
             return False
         first = self._prefilling[0]
         tokens, rows = self._bucket(first)
-        batch: list[Job] = []
         self._features.unpin()
-        for job in self._prefilling:
+        if not self._hold_images(first, tokens):  # there is room, but not in one piece
+            self._features.clear()
+            held = self._hold_images(first, tokens)
+            assert held, "the images of one chunk are more than the feature store holds"
+        batch = [first]
+        for job in self._prefilling[1:]:
             if len(batch) == rows:
                 break
             if job.scoring == first.scoring and self._bucket(job) == (tokens, rows) and self._hold_images(job, tokens):
                 batch.append(job)
-        assert batch, "the images of one chunk are more than the feature store holds"
         chunk = empty_chunk(tokens, rows, self.shapes.table_width)
         targets = np.zeros_like(chunk.token_ids)
         for r, job in enumerate(batch):
@@ -513,6 +533,7 @@ class Engine:
         job.score_pages = []
 
     def _drop_cancelled(self) -> None:
+        self._any_cancelled = False
         jobs = {job.number: job for job in (*self._queue, *self._prefilling, *self._ready)}
         jobs |= {s.job.number: s.job for s in self._slots if s is not None}
         for job in jobs.values():
@@ -547,7 +568,8 @@ class Engine:
                 return
 
     def _fail(self, reason: str) -> None:
-        self.failure = reason
+        with self._wake:  # what is posted before is told of the failure here, what comes later is refused
+            self.failure = reason
         while self._inbox:
             self._inbox.popleft()()
         jobs = {job.number: job for job in (*self._queue, *self._prefilling, *self._ready)}

@@ -42,12 +42,26 @@ class FeatureStore:
             out.append((state.digest(), self._num_tokens(image)))
         return out
 
-    def check(self, image: Any) -> None:
-        """Raises InputError for an image that no rung holds."""
-        if self._rung(image) is None:
+    def check(self, images: Sequence[tuple[Any, np.ndarray, bytes]], chunk: int) -> None:
+        """Raises InputError for an image that no rung holds, and for more images in a chunk than there are rows for.
+
+        images: each with the places of its tokens in the prompt, ascending, and its digest.
+        """
+        held: dict[int, dict[bytes, int]] = {}
+        for image, places, digest in images:
+            rung = self._rung(image)
+            if rung is None:
+                raise InputError(
+                    f"an image takes {self._num_tokens(image)} tokens, more than the engine has room for; make it "
+                    f"smaller, or raise config.engine.feature_rows"
+                )
+            for number in range(places[0] // chunk, places[-1] // chunk + 1):
+                held.setdefault(number, {})[digest] = rung.num_features(self._config.vision)
+        most = max((sum(rows.values()) for rows in held.values()), default=0)
+        if most > self._rows:
             raise InputError(
-                f"an image takes {self._num_tokens(image)} tokens, more than the engine has room for; make it smaller, "
-                f"or raise config.engine.feature_rows"
+                f"the images of {chunk} tokens of the prompt take {most} rows of features, and the engine keeps "
+                f"{self._rows}; give fewer images, or raise config.engine.feature_rows"
             )
 
     def hold(self, digest: bytes, image: Any) -> tuple[int, Any] | None:

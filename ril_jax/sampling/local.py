@@ -103,12 +103,15 @@ def load_engine(
 class TextStream:
     """The text of one sample as its tokens come, without special tokens, cut at the first stop string.
 
-    Text is held back while it may still change (half a character) or become a stop string.
+    Text is held back while it may still change (half a character) or become a stop string. A special token has no text;
+    a stop string that is one ends the sample where the token comes.
     """
 
     def __init__(self, chat: ChatTokenizer, stop: Sequence[str] = ()):
         self._chat, self._stop = chat, [s for s in stop if s]
-        self.token_ids: list[int] = []
+        specials = chat.tokenizer.added_tokens_decoder.items() if self._stop else ()
+        self._stop_ids = {i for i, token in specials if token.special and token.content in self._stop}
+        self.token_ids: list[int] = []  # up to the one that completed a stop string
         self.text = ""  # all of it that is certain
         self.stopped = False
         self._start = 0  # tokens before are in `_settled`
@@ -116,26 +119,39 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """Text that these tokens add; `last` gives what was held back. `stopped` says that a stop string ended it."""
-        if self.stopped:
-            return ""
+        before = len(self.text)
+        if not self._stop:
+            self._push(token_ids, last)
+        else:
+            for i, token in enumerate(token_ids):
+                if not self.stopped:
+                    self._push([token], last and i == len(token_ids) - 1)
+            if last and not token_ids and not self.stopped:
+                self._push([], last)
+        return self.text[before:]
+
+    def _push(self, token_ids: Sequence[int], last: bool) -> None:
         self.token_ids += token_ids
         tail = self._chat.decode(self.token_ids[self._start :])
         whole = self._settled + tail
-        sure = whole if last else whole.rstrip("\ufffd")
-        # Long texts are not decoded from their beginning again and again.
-        if len(self.token_ids) - self._start > 64 and not tail.endswith("\ufffd"):
-            keep = self.token_ids[-16:]
-            rest = self._chat.decode(keep)
-            if tail.endswith(rest) and self._chat.decode(self.token_ids[self._start : -16]) + rest == tail:
-                self._settled, self._start = whole[: len(whole) - len(rest)], len(self.token_ids) - 16
+        ended = any(token in self._stop_ids for token in token_ids)
+        sure = whole if last or ended else whole.rstrip("\ufffd")
+        self._settle(tail, whole)
         ends = [at for s in self._stop if (at := whole.find(s, max(0, len(self.text) - len(s)))) >= 0]
-        if ends:
-            sure, self.stopped = whole[: min(ends)], True
+        if ends or ended:
+            sure, self.stopped = whole[: min(ends, default=len(whole))], True
         elif not last:
             sure = sure[: len(sure) - _held(sure, self._stop)]
-        new = sure[len(self.text) :]
-        self.text = self.text + new
-        return new
+        self.text = sure
+
+    def _settle(self, tail: str, whole: str) -> None:
+        """Long texts are not decoded from their beginning again and again."""
+        if len(self.token_ids) - self._start <= 48 or tail.endswith("\ufffd"):
+            return
+        before, keep = self.token_ids[self._start : -16], self.token_ids[-16:]
+        rest = self._chat.decode(keep)
+        if self._chat.decode(before) + rest == tail:
+            self._settled, self._start = whole[: len(whole) - len(rest)], len(self.token_ids) - 16
 
 
 def _held(text: str, stop: Sequence[str]) -> int:
