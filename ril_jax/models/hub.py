@@ -175,6 +175,7 @@ class _Loader:
         small: int,
         threads: ThreadPoolExecutor,
     ):
+        """`buffer`: bytes of the largest tensor or more; `small`: bytes of what is put together on the host."""
         self._source, self._specs, self._dtype, self._shardings = source, network.specs, dtype, shardings
         self._small = {
             name: aligned_empty(spec.shape, dtype) for name, spec in _smallest(network.specs, dtype.itemsize, small)
@@ -342,7 +343,10 @@ def _permuted(sharding: Sharding, perm: tuple[int, ...]) -> Sharding:
 
 @functools.cache
 def _zeros(sharding: Sharding, shape: tuple[int, ...], dtype: np.dtype):
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+    def zeros():
+        return jnp.zeros(shape, dtype)
+
+    return jax.jit(zeros, out_shardings=sharding)
 
 
 @functools.cache
@@ -355,7 +359,10 @@ def _place(sharding: Sharding, perm: tuple[int, ...]):
 
 @functools.cache
 def _convert(sharding: Sharding, perm: tuple[int, ...], dtype: np.dtype):
-    return jax.jit(lambda tensor: tensor.transpose(perm).astype(dtype), out_shardings=sharding)
+    def convert(tensor):
+        return tensor.transpose(perm).astype(dtype)
+
+    return jax.jit(convert, out_shardings=sharding)
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------
