@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from ril_jax.errors import InputError
+from ril_jax.models import sizes
 
 STAGES = ("prepare", "sft", "collect", "discriminator", "ril")
 
@@ -59,7 +60,8 @@ def default_config() -> ConfigDict:
     c.sampling.max_completion_length = 512  # [R]
 
     c.sft = training(batch_size=128, steps=1000, learning_rate=1e-5, final_learning_rate=1e-6)  # lr [P], linear
-    c.sft.train_vision = True
+    c.sft.train_vision = True  # the tower with its projector, which makes its features the decoder's
+    c.sft.train_projector = False  # the projector alone, where train_vision is False
     c.sft.responses_per_question = 1  # so many of a question's responses are learned in one row that shares the prompt
 
     c.collect = ConfigDict()
@@ -108,7 +110,8 @@ def default_config() -> ConfigDict:
     c.ril.scale_rewards = "none"  # [P] "none" (Dr.GRPO) or "std" (GRPO)
     c.ril.mask_truncated_completions = False
     c.ril.drop_truncated_teachers = True  # [P] overlong filtering
-    c.ril.train_vision = False  # [R] the vision tower is frozen in RIL
+    c.ril.train_vision = False  # [R] the vision tower is frozen in RIL, and its projector with it
+    c.ril.train_projector = False  # True: the projector alone is not
     c.ril.samples_every = 50  # steps between sample tables
     c.ril.samples_count = 4  # questions in one
 
@@ -228,13 +231,17 @@ def add_teacher(config: ConfigDict, name: str, checkpoint: str, **fields: Any) -
 def made_model(**fields: Any) -> ConfigDict:
     """One model of config.prepare.models, made in the workdir by the prepare stage.
 
-    `base`: name of the model that it goes on from, "" for a new one. `phases`: name -> what it learns, in order: the
-    fields of `training` and `mixture` (a name in data/synthetic.py), `num_examples`, `split`.
+    `base`: name of the model that it goes on from, "" for a new one. `family`: "qwen2_5_vl" or "internvl".
+    `phases`: name -> what it learns, in order: the fields of `training` and `mixture` (a name in data/synthetic.py),
+    `num_examples`, `split`.
     """
     c = ConfigDict()
     c.base = ""
+    c.family = "qwen2_5_vl"
+    c.vocabulary_seed = 0  # of the texts that its tokenizer is trained on; another one numbers the words differently
     c.hidden_size, c.num_layers, c.num_heads, c.num_kv_heads, c.intermediate_size = 64, 3, 4, 2, 192
     c.vision_hidden_size, c.vision_depth, c.vision_heads, c.vision_intermediate_size = 48, 2, 3, 144
+    c.vision_kind = "300m"  # which InternViT an InternVL has: "300m", or "6b" with its other norms
     c.rope_theta = 10000.0
     c.phases = ConfigDict()
     c.update(fields)
@@ -248,7 +255,8 @@ def phase(
     settings = {name: fields.pop(name) for name in ("warmup_steps", "adam_b2") if name in fields}
     c = training(**fields)
     c.update(settings)
-    c.train_vision, c.mixture, c.num_examples, c.split, c.manners = True, mixture, num_examples, split, manners
+    c.train_vision, c.train_projector = True, False
+    c.mixture, c.num_examples, c.split, c.manners = mixture, num_examples, split, manners
     c.responses_per_question = max(len(manners), 1)
     return c
 
@@ -301,6 +309,9 @@ def validate(config: ConfigDict) -> None:
     _validate_rungs(config)
     for model in ("student", *(f"teachers.{name}" for name in config.teachers)):
         _choice(config, f"{model}.remat", ("none", "full", "dots"))
+    for name in config.prepare.models:
+        _choice(config, f"prepare.models.{name}.family", ("qwen2_5_vl", "internvl"))
+        _choice(config, f"prepare.models.{name}.vision_kind", tuple(sizes.INTERN_VIT))
     for stage in ("sft", "discriminator", "ril"):
         batch, micro = config[stage].batch_size, config[stage].micro_batch_size
         if batch <= 0 or micro < 0 or (micro and batch % micro):

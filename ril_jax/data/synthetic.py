@@ -196,12 +196,15 @@ TEACHER_B = Mixture(
 RIL = Mixture()
 
 
-def vocabulary_texts() -> list[str]:
-    """Texts that hold each word of the task, written as it is used: what the tiny tokenizer is trained on."""
+def vocabulary_texts(seed: int = 0) -> list[str]:
+    """Texts that hold each word of the task, written as it is used: what the tiny tokenizer is trained on.
+
+    Other seeds draw other examples, in which words are common to other degrees: their tokenizers number them otherwise.
+    """
     examples = [
         e
         for style in STYLES
-        for e in draw(0, 700, split="pretrain", type_weights=BASE.type_weights, style_weights={style: 1.0})
+        for e in draw(seed, 700, split="pretrain", type_weights=BASE.type_weights, style_weights={style: 1.0})
     ]
     words = [*COLOURS, *SHAPES, *NUMBERS, "empty", "system", "user", "assistant"]
     words += [f" {word}" for word in words] + [f" {row}" for row in "abcdefghijkl"] + list("0123456789")

@@ -9,6 +9,7 @@ import numpy as np
 from ril_jax import config as config_lib
 from ril_jax.training.progress import duration
 from ril_jax.training.run import Run
+from ril_jax.training.state import split_frozen
 
 __all__ = ["announce", "describe_start", "duration", "summarise"]
 
@@ -98,7 +99,8 @@ def _model_lines(run: Run, label: str) -> list[str]:
     vision = sum(size for name, size in sizes.items() if name.startswith("vision."))
     total = sum(sizes.values())
     settings = run.config.sft if label == "sft" else run.config.ril
-    trained = total if settings.train_vision else total - vision
+    kept, _ = split_frozen(sizes, train_vision=settings.train_vision, train_projector=settings.train_projector)
+    trained = sum(kept.values())
     lines = [
         f"student: {total:,} parameters ({vision:,} in the vision tower), {trained:,} of them trained; "
         f"compute in {run.config.student.dtype}, master weights and moments in float32"

@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from ril_jax import sharding
 from ril_jax.data import synthetic
 from ril_jax.data.records import Question, Response, write_dataset
+from ril_jax.data.tiles import TileImageProcessor
 from ril_jax.data.tiny_tokenizer import build_tokenizer
 from ril_jax.errors import InputError
-from ril_jax.models import hub
-from ril_jax.models.config import ModelConfig, QwenVisionConfig, TextConfig
+from ril_jax.models import hub, sizes
+from ril_jax.models.config import InternVisionConfig, ModelConfig, QwenVisionConfig, TextConfig
 from ril_jax.pretrained import Pretrained, make_network, save_folder
 from ril_jax.rewards import discriminator
 from ril_jax.training import workers
@@ -134,50 +135,72 @@ def make_model(run: Run, name: str) -> None:
 
 
 def _new_folder(run: Run, folder: Path, name: str, settings: ConfigDict) -> Path:
-    """An HF folder with fresh weights and the tokenizer of the task."""
+    """An HF folder with fresh weights and the tokenizer of the task, in the form of the model's family."""
     start = folder / f".{name}.start"
     if start.exists():
         shutil.rmtree(start)
-    texts = [*synthetic.vocabulary_texts(), discriminator.SYSTEM, discriminator.OPTIONS, "<response>\n</response>"]
+    texts = synthetic.vocabulary_texts(settings.vocabulary_seed)
+    texts += [discriminator.SYSTEM, discriminator.OPTIONS, "<response>\n</response>"]
     texts += [discriminator.QUESTION, "\nsystem\nuser\nassistant\n"]
-    build_tokenizer(start, texts)
+    # One cell of a picture is one tile, and so one token, as it is one token of Qwen2.5-VL.
+    images = TileImageProcessor(tile_size=synthetic.CELL) if settings.family == "internvl" else None
+    build_tokenizer(start, texts, images=images)
     vocab = {t["content"]: t["id"] for t in json.loads((start / "tokenizer.json").read_text())["added_tokens"]}
-    size = max(vocab.values()) + 1
-    head_dim = settings.hidden_size // settings.num_heads
-    text = TextConfig(
-        vocab_size=-(-size // 16) * 16,
-        hidden_size=settings.hidden_size,
-        intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.num_layers,
-        num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=1e-6,
-        rope_theta=settings.rope_theta,
-        mrope_section=(head_dim // 4, head_dim // 8, head_dim // 2 - head_dim // 4 - head_dim // 8),
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-    )
-    vision = QwenVisionConfig(
-        depth=settings.vision_depth,
-        hidden_size=settings.vision_hidden_size,
-        intermediate_size=settings.vision_intermediate_size,
-        num_heads=settings.vision_heads,
-        out_hidden_size=settings.hidden_size,
-        fullatt_block_indexes=(settings.vision_depth - 1,),
-    )
-    config = ModelConfig(
-        "qwen2_5_vl", text, vision, vocab["<|image_pad|>"], vocab["<|video_pad|>"], vocab["<|vision_start|>"],
-        vocab["<|vision_end|>"],
-    )  # fmt: skip
+    config = _model_config(settings, vocab)
     ends = {"bos_token_id": None, "eos_token_id": vocab["<|im_end|>"], "pad_token_id": vocab["<|endoftext|>"]}
     raw = config.to_hf()
     raw |= ends | {"text_config": raw["text_config"] | ends}
     (start / "config.json").write_text(json.dumps(raw, indent=2))
     network = make_network(config)
     params = fresh_params(network, int(np.uint32(run.config.seed)), run.mesh, scheme="fan_in")
-    hub.save_params(start, network, jax.device_get(params))
+    hub.save_params(start, network, jax.device_get(params), family=config.family)
     return start
+
+
+def _model_config(settings: ConfigDict, special: dict[str, int]) -> ModelConfig:
+    """The network of a made model; what its size leaves open is as in the family's released models."""
+    s, tiled = settings, settings.family == "internvl"
+    head_dim = s.hidden_size // s.num_heads
+    text = TextConfig(
+        vocab_size=-(-(max(special.values()) + 1) // 16) * 16,
+        hidden_size=s.hidden_size,
+        intermediate_size=s.intermediate_size,
+        num_hidden_layers=s.num_layers,
+        num_attention_heads=s.num_heads,
+        num_key_value_heads=s.num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-6,
+        rope_theta=s.rope_theta,
+        mrope_section=None if tiled else (head_dim // 4, head_dim // 8, head_dim // 2 - head_dim // 4 - head_dim // 8),
+        rope_dynamic_factor=2.0 if tiled else None,
+        tie_word_embeddings=not tiled,
+        max_position_embeddings=1024,
+    )
+    if tiled:
+        size = sizes.INTERN_VIT[s.vision_kind]._replace(
+            hidden_size=s.vision_hidden_size,
+            intermediate_size=s.vision_intermediate_size,
+            num_hidden_layers=s.vision_depth,
+            num_attention_heads=s.vision_heads,
+        )
+        tile = (synthetic.CELL, synthetic.CELL)
+        tower = InternVisionConfig(**size._asdict(), out_hidden_size=s.hidden_size, image_size=tile)
+        return ModelConfig(
+            "internvl", text, tower, image_token_id=special["<IMG_CONTEXT>"], vision_start_token_id=special["<img>"],
+            vision_end_token_id=special["</img>"],
+        )  # fmt: skip
+    vision = QwenVisionConfig(
+        depth=s.vision_depth,
+        hidden_size=s.vision_hidden_size,
+        intermediate_size=s.vision_intermediate_size,
+        num_heads=s.vision_heads,
+        out_hidden_size=s.hidden_size,
+        fullatt_block_indexes=(s.vision_depth - 1,),
+    )
+    return ModelConfig(
+        "qwen2_5_vl", text, vision, special["<|image_pad|>"], special["<|video_pad|>"], special["<|vision_start|>"],
+        special["<|vision_end|>"],
+    )  # fmt: skip
 
 
 def _mixture(name: str) -> synthetic.Mixture:

@@ -72,10 +72,11 @@ class Ril:
         self.G, self.num_teacher, self.B = c.num_generations, c.num_teacher_generations, c.batch_size
         self.micro = c.micro_batch_size or c.batch_size
         self.L = self.config.sampling.max_completion_length
+        self.sees_anew = c.train_vision or c.train_projector  # image features change with every update
         self.rewards = RewardModel(run, self.config)
         self.optimizer = _optimizer(_optimizer_settings(c))
         pi_init = run.pi_init()
-        params, self.frozen = split_frozen(pi_init, train_vision=c.train_vision)
+        params, self.frozen = split_frozen(pi_init, train_vision=c.train_vision, train_projector=c.train_projector)
         # pi_ref is the second copy of the weights that Eq. 2 asks for; in the compute dtype, and not at all without KL.
         self.pi_ref = cast(pi_init, run.programs.dtype) if c.beta else None
         student = init_state({name: p.copy() for name, p in params.items()}, self.optimizer, run.mesh)
@@ -226,13 +227,13 @@ class Ril:
         prompts, responses = rows[:2]
         ref = old = None
         if self.pi_ref is not None:
-            moved = c.train_vision and vision is not None  # then pi_ref sees with another tower than pi_old
+            moved = self.sees_anew and vision is not None  # then pi_ref sees with another tower than pi_old
             seen = run.programs.encode(self.pi_ref, vision) if moved else features
             ref, _ = run.programs.score(self.pi_ref, prompts, responses, seen)
         if c.num_iterations > 1:
             pi = self.state.student.params | self.frozen
             old, _ = run.programs.score(pi, prompts, responses, features)
-        tower = vision if c.train_vision else None  # what the update needs to encode the images itself
+        tower = vision if self.sees_anew else None  # what the update needs to encode the images itself
         normalizer = self.normalizer(mask.shape[0])
         student = self.state.student
         for _ in range(c.num_iterations):

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +71,24 @@ def scale_by_linear_schedule(first: float, last: float, *, warmup: int, steps: i
     return optax.GradientTransformation(init, update)
 
 
-def split_frozen(params: Params, *, train_vision: bool) -> tuple[Params, Params]:
-    """(trained, frozen): with a frozen vision tower its parameters carry no gradient and no optimiser state."""
-    if train_vision:
-        return dict(params), {}
-    frozen = {name: value for name, value in params.items() if name.startswith("vision.")}
-    return {name: value for name, value in params.items() if name not in frozen}, frozen
+# What turns the tower's features into the decoder's: InternVL's projector, Qwen2.5-VL's merger.
+_PROJECTOR = ("vision.projector_", "vision.merger_")
+T = TypeVar("T")
+
+
+def split_frozen(
+    params: Mapping[str, T], *, train_vision: bool, train_projector: bool = False
+) -> tuple[dict[str, T], dict[str, T]]:
+    """(trained, frozen) of parameters by name; what is frozen carries no gradient and no optimiser state.
+
+    With `train_vision` nothing is; without it the vision tower is, and its projector too unless `train_projector`.
+    """
+
+    def is_trained(name: str) -> bool:
+        return not name.startswith("vision.") or train_vision or (train_projector and name.startswith(_PROJECTOR))
+
+    trained = {name: value for name, value in params.items() if is_trained(name)}
+    return trained, {name: value for name, value in params.items() if name not in trained}
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
