@@ -146,7 +146,7 @@ def serving_config() -> ConfigDict:
     c.seed = 0
     c.engine = engine_config()
 
-    c.sampling = ConfigDict()  # where a request does not say
+    c.sampling = ConfigDict()  # of the offline job; of the server under server.default_sampling = "config"
     c.sampling.temperature = 1.0  # [P], as the next three
     c.sampling.top_p = 0.95
     c.sampling.top_k = 50
@@ -158,6 +158,7 @@ def serving_config() -> ConfigDict:
     c.server.port = 8000
     c.server.model_name = ""  # what clients call the model; "" for the checkpoint's name
     c.server.api_key_env = ""  # environment variable with the key that clients must send; "" for none
+    c.server.default_sampling = "openai"  # where a request does not say: plain sampling, or "config": config.sampling
     c.server.max_queue = 1024  # requests that wait; beyond it 429 with Retry-After
     c.server.timeout = 600.0  # seconds for a request, waiting included
     c.server.max_body_bytes = 64 * 2**20
@@ -166,6 +167,7 @@ def serving_config() -> ConfigDict:
     c.server.max_n = 128
     c.server.allowed_image_hosts = ()  # hosts from which image URLs are fetched; none by default, and never files
     c.server.shutdown_grace = 60.0  # seconds that running requests get to finish
+    c.server.threads = 8  # that decode images and tokenize prompts
 
     c.generate = ConfigDict()
     c.generate.num_generations = 16  # [P] responses a question

@@ -260,6 +260,10 @@ class ChatTokenizer:
         ids = self._plain.encode(text, add_special_tokens=False).ids
         return np.array([*ids, self.end_of_turn_token_id] if finished else ids, np.int32)
 
+    def encode_text(self, text: str) -> np.ndarray:
+        """[P] int32: a text as it is, without a template; special tokens that are written in it are such."""
+        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, np.int32)
+
     def decode(self, token_ids: Iterable[int] | np.ndarray) -> str:
         """The text of token ids, without special tokens; ids that the tokenizer does not know give no text."""
         ids = token_ids.tolist() if isinstance(token_ids, np.ndarray) else [int(i) for i in token_ids]
