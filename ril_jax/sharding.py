@@ -4,7 +4,7 @@ Mesh axes: `data` (replicas, spans slices), `fsdp` (batch and weights), `tensor`
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,11 @@ _mesh: Mesh | None = None
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     """A mesh over all devices; one size may be -1. Raises InputError where the product is not the device count."""
-    devices = jax.devices()
+    return mesh_of(jax.devices(), data=data, fsdp=fsdp, tensor=tensor)
+
+
+def mesh_of(devices: Sequence[Any], *, data: int, fsdp: int, tensor: int) -> Mesh:
+    """The same over given devices, absent ones too."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from ril_jax import sharding
 from ril_jax.data.chat import ChatTokenizer, EncodedPrompt
 from ril_jax.data.records import Question, parse_messages
+from ril_jax.models.config import ModelConfig
 from ril_jax.models.parameters import Network, Params
 from ril_jax.models.vlm import VisionLanguageModel
-from ril_jax.pretrained import Pretrained, make_network
+from ril_jax.pretrained import make_network
 
 SYSTEM = (
     "You are a discriminator. A response stands between the <response> tags. "
@@ -26,11 +27,11 @@ QUESTION = "The question was:"
 OPTIONS = "Who wrote this response? 0: teacher, 1: student."
 
 
-def make_discriminator(model: Pretrained, *, context: str) -> Network:
+def make_discriminator(config: ModelConfig, *, context: str) -> Network:
     """The student's architecture with a scalar head; the tower is left out where D sees no image."""
     if context == "question_image":
-        return make_network(model.config, head="scalar")
-    return Network(lambda: VisionLanguageModel(model.config, head="scalar", vision=False))
+        return make_network(config, head="scalar")
+    return Network(lambda: VisionLanguageModel(config, head="scalar", vision=False))
 
 
 def initial_params(network: Network, pi_init: Params, mesh: Mesh) -> Params:

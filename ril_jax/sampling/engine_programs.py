@@ -142,22 +142,29 @@ class EnginePrograms:
 
     def new_state(self) -> EngineState:
         """An empty cache."""
+
+        def zeros(leaf):
+            return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
+
+        return jax.tree.map(zeros, self.abstract_state())
+
+    def abstract_state(self) -> Any:
+        """Shapes and shardings of an `EngineState`: pages by key-value heads over `tensor`, the rest replicated."""
         text, shapes = self.config.text, self.shapes
-        shape = PagePool.shape(text, shapes.num_pages, shapes.page_size)
         tensor = self.mesh.shape["tensor"]
-        heads = jax.sharding.PartitionSpec("tensor") if text.num_key_value_heads % tensor == 0 and tensor > 1 else None
-        pages = jax.sharding.NamedSharding(self.mesh, heads) if heads else sharding.replicated(self.mesh)
         whole = sharding.replicated(self.mesh)
-        zeros = lambda shape, dtype, where: jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=where)()  # noqa: E731
-        features = None
+        pages = whole
+        if tensor > 1 and text.num_key_value_heads % tensor == 0:
+            pages = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec("tensor"))
+        make = lambda shape, dtype, where=whole: jax.ShapeDtypeStruct(shape, dtype, sharding=where)  # noqa: E731
+        shape = PagePool.shape(text, shapes.num_pages, shapes.page_size)
+        pool: Any = PagePool(make(shape, self.dtype, pages), make(shape, self.dtype, pages))  # type: ignore[arg-type]
+        features: Any = None
         if self.config.vision is not None:
-            features = zeros((shapes.feature_rows, text.hidden_size), self.dtype, whole)
-        return EngineState(
-            PagePool(zeros(shape, self.dtype, pages), zeros(shape, self.dtype, pages)),
-            zeros((shapes.slots, text.hidden_size), self.dtype, whole),
-            zeros((shapes.slots, text.vocab_size), jnp.bool_, whole),
-            features,
-        )
+            features = make((shapes.feature_rows, text.hidden_size), self.dtype)
+        hidden: Any = make((shapes.slots, text.hidden_size), self.dtype)
+        seen: Any = make((shapes.slots, text.vocab_size), jnp.bool_)
+        return EngineState(pool, hidden, seen, features)
 
     @functools.cached_property
     def encode(self):

@@ -118,6 +118,16 @@ class Buckets:
         return jax.tree.map(lambda a: a.reshape(batch // micro, micro, *a.shape[1:]), packed)
 
 
+def micro_rows(batch: int, micro: int, shards: int) -> int:
+    """Rows of a micro-batch: at least `micro` (0: the batch), the fewest that divide the batch and spread over `shards`.
+
+    Where no number does, `micro` itself if it divides the batch, else the batch; its rows are then on every device.
+    """
+    micro = micro or batch
+    fitting = [rows for rows in range(micro, batch + 1) if batch % rows == 0 and rows % shards == 0]
+    return fitting[0] if fitting else micro if batch % micro == 0 else batch
+
+
 def _stack_groups(groups: Sequence[PromptBatch], count: int) -> PromptBatch:
     """`count` micro-batches of equally many groups each: rows [M, b, ...], images [M, groups, ...]."""
     if len(groups) == 1:  # views: the patches of all images are large

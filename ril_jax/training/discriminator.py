@@ -17,7 +17,7 @@ from ril_jax.errors import InputError
 from ril_jax.models.parameters import Network, Params, cast
 from ril_jax.pretrained import Pretrained
 from ril_jax.rewards.discriminator import DiscriminatorPrompts, initial_params, make_discriminator
-from ril_jax.training.batches import Buckets
+from ril_jax.training.batches import Buckets, micro_rows
 from ril_jax.training.collect import STUDENT, response_dataset
 from ril_jax.training.programs import Programs
 from ril_jax.training.run import Run
@@ -73,7 +73,7 @@ def run_discriminator(run: Run) -> None:
     discriminator = Discriminator(run, config)
     settings, count = config.discriminator, config.ril.num_generations
     source = response_dataset(run)
-    micro = settings.micro_batch_size or settings.batch_size
+    micro = micro_rows(settings.batch_size, settings.micro_batch_size, run.buckets.shards)
 
     def encode(question: Question):
         generator = np.random.default_rng([config.seed, *question.id.encode()])
@@ -121,7 +121,7 @@ def pick(responses: Sequence[Any], count: int, generator: np.random.Generator) -
 # Cached, so that the arms of a run share one network and what is compiled for it.
 @functools.cache
 def _network(student: Pretrained, context: str) -> Network:
-    return make_discriminator(student, context=context)
+    return make_discriminator(student.config, context=context)
 
 
 @functools.cache

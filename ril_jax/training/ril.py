@@ -24,7 +24,7 @@ from ril_jax.models.parameters import Params, cast
 from ril_jax.pretrained import save_folder
 from ril_jax.rewards.judge import JudgeInterrupted, RulesJudge
 from ril_jax.training import discriminator as discriminator_lib
-from ril_jax.training.batches import flatten_features, flatten_micro, put
+from ril_jax.training.batches import flatten_features, flatten_micro, micro_rows, put
 from ril_jax.training.collect import STUDENT, question_key, teacher_dataset
 from ril_jax.training.evaluation import evaluate
 from ril_jax.training.metrics import Sample, SampleResponse, SampleTable
@@ -70,7 +70,7 @@ class Ril:
         self.config = arm_config(run.config, arm)
         c = self.config.ril
         self.G, self.num_teacher, self.B = c.num_generations, c.num_teacher_generations, c.batch_size
-        self.micro = c.micro_batch_size or c.batch_size
+        self.micro = micro_rows(c.batch_size, c.micro_batch_size, run.buckets.shards)
         self.L = self.config.sampling.max_completion_length
         self.sees_anew = c.train_vision or c.train_projector  # image features change with every update
         self.rewards = RewardModel(run, self.config)
@@ -185,8 +185,8 @@ class Ril:
             discriminator.prompts.rows(q, run.encoder(q), texts)
             for q, texts in zip(questions, group.texts, strict=True)
         ]
-        micro = self.config.discriminator.micro_batch_size
-        micro = micro if micro and self.B % micro == 0 else self.micro
+        wanted = self.config.discriminator.micro_batch_size
+        micro = micro_rows(self.B, wanted if wanted and self.B % wanted == 0 else self.micro, run.buckets.shards)
         batch = put(discriminator.pack(rows, batch=self.B, micro=micro), run.mesh)
         run.expect(f"ril/{self.arm}/discriminator", batch)
         state, metrics = self.state.discriminator, {}

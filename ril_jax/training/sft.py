@@ -18,7 +18,7 @@ from ril_jax.data.records import Question
 from ril_jax.errors import InputError
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained, save_folder
-from ril_jax.training.batches import Buckets, PromptEncoder, put
+from ril_jax.training.batches import Buckets, PromptEncoder, micro_rows, put
 from ril_jax.training.checkpoints import save_failed_batch
 from ril_jax.training.programs import Programs
 from ril_jax.training.progress import Progress
@@ -60,7 +60,8 @@ def train_supervised(
         return encoder(question), [model.chat.encode_response(text, finished=finished) for text, finished in targets]
 
     def pack(items):
-        batch, micro = settings.batch_size, settings.micro_batch_size or settings.batch_size
+        batch = settings.batch_size
+        micro = micro_rows(batch, settings.micro_batch_size, buckets.shards)
         prompts = buckets.pack_prompts([p for p, _ in items], batch=batch, micro=micro)
         responses = buckets.pack_responses([r for _, r in items], batch=batch, micro=micro, slots=slots)
         normalizer = np.full((batch // micro,), max(responses.mask.sum(), 1), np.float32)

@@ -1,0 +1,98 @@
+"""One program for absent chips: compiled by the real compiler, and its time estimated by a roofline."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ril_jax.planning.chips import DCN_BANDWIDTH, HEADROOM, Topology
+from ril_jax.planning.costs import flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function with abstract arguments, and what is known of it beside its jaxpr.
+
+    Attributes:
+      name, shapes: for people. hbm_bytes, network_bytes: bytes that a chip moves in one run (analytic, an estimate).
+      tokens: that one run handles. runs: how often a step runs it. while_trips: of its loops, for the FLOPs.
+      across_slices: the part of network_bytes that goes between slices.
+    """
+
+    name: str
+    shapes: str
+    function: Callable
+    arguments: tuple[Any, ...]
+    hbm_bytes: float = 0.0
+    network_bytes: float = 0.0
+    across_slices: float = 0.0
+    tokens: float = 0.0
+    runs: float = 1.0
+    while_trips: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What came of it: seconds to compile, peak bytes of HBM a chip, FLOPs a chip, and `error` if it does not fit."""
+
+    program: Program
+    topology: Topology
+    seconds: float
+    peak: float
+    flops: float
+    error: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return not self.error and self.headroom >= HEADROOM
+
+    @property
+    def headroom(self) -> float:
+        """Bytes of a chip's HBM that are left at the peak."""
+        return self.topology.chip.hbm - self.peak
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of one run by what would bound it, were it alone: compute, memory, network (estimates)."""
+        chip, program = self.topology.chip, self.program
+        network = (program.network_bytes - program.across_slices) / chip.ici_bandwidth
+        return {
+            "compute": self.flops / chip.flops,
+            "memory": program.hbm_bytes / chip.hbm_bandwidth,
+            "network": network + program.across_slices / DCN_BANDWIDTH,
+        }
+
+    @property
+    def roofline(self) -> float:
+        """Seconds of one run if the longest part hides the others (an estimate, and a floor)."""
+        return max(self.parts.values())
+
+
+def compile_program(program: Program, topology: Topology, *, full_effort: bool = False) -> Compiled:
+    """Trace, lower and compile; a program that does not fit comes back with the compiler's words in `error`."""
+    start = time.monotonic()
+    traced = program.function.trace(*program.arguments)  # type: ignore[attr-defined]
+    total = flops(traced.jaxpr, while_trips=program.while_trips) / topology.num_chips
+    lowered = traced.lower(lowering_platforms=("tpu",))
+    try:
+        compiled = lowered.compile(compiler_options=None if full_effort else _low_effort())
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        text = " ".join(str(error).split())
+        begin = max(text.find("Ran out of memory"), 0)
+        return Compiled(program, topology, time.monotonic() - start, float("inf"), total, text[begin : begin + 220])
+    memory = compiled.memory_analysis()
+    peak = getattr(memory, "peak_memory_in_bytes", 0) or (
+        memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )  # fmt: skip
+    return Compiled(program, topology, time.monotonic() - start, float(peak), total)
+
+
+def _low_effort() -> dict[str, Any]:
+    """Options for a compile of seconds: memory within some per cent of full effort; the code is no measure of speed."""
+    version = tuple(int(part) for part in jax.__version__.split(".")[:2])
+    return {"exec_time_optimization_effort": -1.0} if version < (0, 11) else {"optimization_level": "O1"}

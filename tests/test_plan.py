@@ -1,0 +1,116 @@
+"""Claims about the plan: the real TPU compiler takes every program, and the counts behind the estimates are right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import hf_internvl, hf_models
+
+from ril_jax import config as config_lib
+from ril_jax.errors import InputError
+from ril_jax.models.config import ModelConfig
+from ril_jax.planning.chips import CHIPS, Topology
+from ril_jax.planning.compiling import Compiled, Program, compile_program
+from ril_jax.planning.costs import flops
+from ril_jax.planning.serving import ServingPlan
+from ril_jax.planning.training import TrainingPlan, model_config
+from ril_jax.training.batches import micro_rows
+
+pytest.importorskip("libtpu")
+
+
+def test_flops_count_loops_as_often_as_they_run():
+    a, b = jnp.ones((8, 16)), jnp.ones((16, 16))
+
+    def scanned(x, w):
+        y, _ = jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=5)
+        return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] @ w), (0, y))[1]
+
+    one = 2 * 8 * 16 * 16
+    assert flops(jax.make_jaxpr(scanned)(a, b), while_trips=3) == (5 + 3) * one
+    checkpointed = jax.checkpoint(lambda x: jnp.tanh(x @ b) @ b)
+    gradient = jax.make_jaxpr(jax.grad(lambda x: checkpointed(x).sum()))(a)
+    assert flops(gradient) >= 4 * one  # two forward, and two for the gradient of x
+    batched = jax.make_jaxpr(lambda x: jnp.einsum("bij,bjk->bik", x, x))(jnp.ones((3, 4, 4)))
+    assert flops(batched) == 2 * 3 * 4 * 4 * 4
+
+
+def test_micro_batches_spread_over_the_devices_where_they_can():
+    assert micro_rows(144, 4, 1) == 4
+    assert micro_rows(144, 4, 16) == 16
+    assert micro_rows(144, 0, 8) == 144
+    assert micro_rows(144, 5, 1) == 6
+    assert micro_rows(144, 4, 64) == 4  # no number divides: every device has all rows
+
+
+def test_released_models_are_known_by_name_and_others_refused(tiny_text):
+    assert model_config("Qwen/Qwen2.5-VL-7B-Instruct") == ModelConfig.qwen2_5_vl("7b")
+    assert model_config("OpenGVLab/InternVL3-78B-hf") == ModelConfig.internvl3("78b")
+    assert model_config("Qwen/Qwen2.5-32B-Instruct") == ModelConfig.qwen2_5("32b")
+    assert model_config(str(tiny_text.folder)) == ModelConfig.from_folder(tiny_text.folder)
+    with pytest.raises(InputError, match="no folder and no released model"):
+        model_config("someone/else")
+
+
+@pytest.mark.parametrize("text", ["v5e", "v9:2x2", "v5e:2xb"])
+def test_unknown_slices_are_refused(text):
+    with pytest.raises(InputError, match="--topology"):
+        Topology.parse(text)
+
+
+@pytest.mark.parametrize("family", ["qwen", "internvl"])
+def test_every_program_of_a_run_compiles_for_a_slice(family, tmp_path):
+    make = hf_models.save_qwen2_5_vl if family == "qwen" else hf_internvl.save_internvl
+    make(tmp_path / "model")
+    c = config_lib.default_config()
+    c.student.checkpoint = str(tmp_path / "model")
+    c.sft.batch_size = c.ril.batch_size = c.discriminator.batch_size = 8
+    c.data.prompt_buckets, c.data.response_buckets, c.discriminator.prompt_buckets = (128,), (128,), (128,)
+    c.data.max_pixels, c.data.max_tiles = 112 * 112, 1
+    c.data.vision_rungs = ((128, 2, 64), (512, 8, 64), (4,), (16,))
+    c.sampling.max_completion_length = 128
+    topology = Topology.parse("v5e:2x2")
+    plan = TrainingPlan(c, topology, topology.mesh(data=1, fsdp=2, tensor=2))
+    names = set()
+    for program in plan.all():
+        compiled = compile_program(program, topology)
+        assert compiled.fits, (program.name, compiled.error)
+        assert compiled.flops > 0
+        assert compiled.peak > 0
+        names.add(program.name)
+    assert names == {
+        "sft update", "encode images", "sample", "reference log-probs", "discriminator update", "RIL update",
+    }  # fmt: skip
+
+
+def test_every_program_of_the_engine_compiles_for_a_slice(tiny_vl):
+    c = config_lib.serving_config()
+    c.checkpoint = str(tiny_vl.folder)
+    c.engine.update({"slots": 4, "small_slots": 0, "max_model_len": 512, "page_size": 16, "decode_steps": 2})
+    c.engine.update({"prefill": ((64, 2),), "attention_block": 64, "feature_rows": 256})
+    topology = Topology.parse("v6e:2x2")
+    plan = ServingPlan(c, topology, topology.mesh(data=1, fsdp=1, tensor=-1))
+    compiled = [compile_program(program, topology) for program in plan.all()]
+    assert [c.program.name for c in compiled] == ["encode an image", "prefill", "decode", "decode with filters"]
+    assert all(c.fits for c in compiled)
+
+
+def test_what_does_not_fit_is_told_in_the_compilers_words():
+    topology = Topology.parse("v5e:2x2")
+    mesh = topology.mesh(data=1, fsdp=4, tensor=1)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    large = jax.ShapeDtypeStruct((40_000, 70_000), jnp.float32, sharding=whole)
+    result = compile_program(Program("too large", "", jax.jit(lambda x: jnp.sort(x) + 1), (large,)), topology)
+    assert not result.fits
+    assert "memory" in result.error
+
+
+def test_the_floor_is_the_longest_part():
+    chip = CHIPS["v5e"]
+    program = Program(
+        "p", "", jax.jit(lambda: 0), (), hbm_bytes=chip.hbm_bandwidth, network_bytes=chip.ici_bandwidth / 2
+    )
+    compiled = Compiled(program, Topology(chip, "4x4"), 0.0, 0.0, 3 * chip.flops)
+    assert compiled.parts == {"compute": 3.0, "memory": 1.0, "network": 0.5}
+    assert compiled.roofline == 3.0
+    assert np.isclose(compiled.headroom, chip.hbm)
