@@ -157,6 +157,12 @@ class Engine:
         return 1 - self._cache.available / max(self.shapes.num_pages - 1, 1)
 
     @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the weights, the cache's pages and the image features, over all devices."""
+        parts = {"weights": self.params, "cache": self._state.pool, "image features": self._state.features}
+        return {name: sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for name, part in parts.items()}
+
+    @property
     def prefix_hits(self) -> tuple[int, int]:
         """Chunks that were found in the cache, of those that were looked for."""
         return self._cache.hits, self._cache.lookups

@@ -86,15 +86,21 @@ def make_engine(
 
 
 def load_engine(
-    config: ConfigDict, *, progress: Callable[[str, int, int], None] | None = None
+    config: ConfigDict,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+    loading: Callable[[int, int], None] | None = None,
 ) -> tuple[Pretrained, Engine]:
-    """The model and warmed-up engine of a `config.serving_config`."""
+    """The model and warmed-up engine of a `config.serving_config`.
+
+    `loading(done, total)` is told of bytes of weights, `progress(name, i, total)` of programs before they are compiled.
+    """
     if not config.checkpoint:
         raise InputError("config.checkpoint is empty; name a Hugging Face folder or a hub id")
     limits = {name: config[name] or None for name in ("min_pixels", "max_pixels", "max_tiles")}
     model = Pretrained.open(config.checkpoint, **limits)
     mesh = sharding.make_mesh(**config.mesh)
-    params = model.load_params(mesh, dtype=jnp.dtype(config.dtype))
+    params = model.load_params(mesh, dtype=jnp.dtype(config.dtype), progress=loading)
     engine = make_engine(model, params, config.engine, mesh, dtype=config.dtype)
     engine.warm_up(progress)
     return model, engine

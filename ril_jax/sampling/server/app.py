@@ -53,7 +53,7 @@ class Service:
         self.model_name = model_name
         self._names = {model_name, str(config.checkpoint)}
         self._limits = Limits.from_config(config)
-        self.metrics = Metrics(lambda: (self._engine, self._preparing))
+        self.metrics = Metrics(lambda: (self._engine, self._preparing, self.state == "ready"))
         self.progress = ""  # what is being done before it opens
         self._engine: Engine | None = None
         self._draining = False

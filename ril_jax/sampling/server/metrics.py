@@ -19,7 +19,7 @@ class Metrics:
     """The server's metrics, all named `ril_...`; docs/serving.md lists them."""
 
     def __init__(self, state: Callable[[], Any]):
-        """`state()` gives (the engine or None, requests that are being prepared)."""
+        """`state()` gives (the engine or None, requests that are being prepared, whether requests are taken)."""
         disable_created_metrics()
         self._registry = CollectorRegistry(auto_describe=False)
         keep: Any = {"registry": self._registry}
@@ -41,13 +41,13 @@ class Metrics:
 
 
 class _EngineNumbers(Collector):
-    def __init__(self, state: Callable[[], tuple[Engine | None, int]]):
+    def __init__(self, state: Callable[[], tuple[Engine | None, int, bool]]):
         self._state = state
 
     def collect(self) -> Iterator[Any]:
-        engine, preparing = self._state()
+        engine, preparing, ready = self._state()
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
-        yield gauge("ril_ready", "Whether requests are taken", value=float(engine is not None and not engine.failure))
+        yield gauge("ril_ready", "Whether requests are taken", value=ready)
         yield gauge("ril_requests_preparing", "Requests whose prompts are being read", value=preparing)
         if engine is None:
             return

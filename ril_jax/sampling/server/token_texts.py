@@ -52,11 +52,13 @@ class Offsets:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def next(self, pieces: Sequence[bytes]) -> list[int]:
-        """Where each of these tokens begins; a token that ends a character begins where the character does."""
+        """Where each of these tokens begins: at the character that its first byte is a part of."""
         offsets = []
         for piece in pieces:
-            offsets.append(self._at)
-            self._at += len(self._decoder.decode(piece))
+            first = self._decoder.decode(piece[:1])
+            open_character = bool(self._decoder.getstate()[0])
+            offsets.append(self._at + len(first) - (bool(piece) and not open_character))
+            self._at += len(first) + len(self._decoder.decode(piece[1:]))
         return offsets
 
 
