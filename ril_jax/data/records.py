@@ -13,8 +13,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -97,32 +97,46 @@ def read_dataset(folder: str | os.PathLike[str], split: str = "train") -> Questi
     return QuestionDataset(folder, split)
 
 
-def merge_responses(datasets: Sequence[Sequence[Question]]) -> Iterable[Question]:
-    """Join several teachers' data sets by id: the first one's questions in its order, with everybody's responses.
+def shard_path(folder: str | os.PathLike[str], name: str, number: int, count: int) -> Path:
+    """Where shard `number` of `count` lies in a data set of the TFDS name `name`."""
+    return Path(folder) / f"{name}-train.array_record-{number:05d}-of-{count:05d}"
 
-    The other data sets may hold the questions in any order. Everything is checked before the first question is
-    returned; one question a data set is held at a time. Raises InputError if an id comes twice in one data set, is
-    missing from one, or stands for different questions.
+
+def write_shard(path: str | os.PathLike[str], questions: Iterable[Question]) -> int:
+    """Write one ArrayRecord file of questions, which may be none; returns the bytes of its records.
+
+    Raises InputError for a question that cannot be stored, OSError where the file cannot be written.
     """
-    if not datasets:
-        raise InputError("merge_responses was given no data set; give at least one")
-    indices = [_index_by_id(dataset, number) for number, dataset in enumerate(datasets)]
-    everything = dict.fromkeys(id_ for index in indices for id_ in index)
-    for number, index in enumerate(indices):
-        missing = [id_ for id_ in everything if id_ not in index]
-        if missing:
-            named = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-            raise InputError(
-                f"{_dataset_label(datasets[number], number)} lacks {len(missing)} of the {len(everything)} questions: "
-                f"{named}; finish its collection, or leave it out"
-            )
-        changed = [id_ for id_ in everything if index[id_].question_hash != indices[0][id_].question_hash]
-        if changed:
-            raise InputError(
-                f"{_dataset_label(datasets[number], number)} asks another question than "
-                f"{_dataset_label(datasets[0], 0)} under the id {changed[0]!r}; collect both from the same questions"
-            )
-    return _merged(datasets, indices)
+    size = 0
+    with _Shard(Path(path), Path(path)) as shard:
+        for question in questions:
+            record = _serialize(question)
+            shard.write(record)
+            size += len(record)
+    return size
+
+
+def write_metadata(folder: str | os.PathLike[str], name: str, shard_lengths: Sequence[int], num_bytes: int) -> None:
+    """Make a data set of the shards that lie at `shard_path` in `folder`: TFDS's description of them.
+
+    shard_lengths: records of each. num_bytes: of all records.
+    """
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=epath.Path(folder), dataset_name=name, split="train", filetype_suffix="array_record"
+    )
+    split = tfds.core.SplitInfo(
+        name="train", shard_lengths=list(shard_lengths), num_bytes=num_bytes, filename_template=template
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=_features(),
+        split_infos=[split],
+        filename_template=template,
+        check_data=False,  # the check reads through tf.data, hence TensorFlow
+    )
 
 
 class QuestionDataset(Sequence[Question]):
@@ -250,7 +264,7 @@ class DatasetWriter:
         self._shard_lengths: list[int] = []
         self._shard_bytes = 0
         self._total_bytes = 0
-        self._shard: Any = None
+        self._shard: _Shard | None = None
 
     def __enter__(self) -> DatasetWriter:
         try:
@@ -266,7 +280,8 @@ class DatasetWriter:
         record = _serialize(question)
         if self._shard is None or self._shard_bytes + len(record) > self.shard_size:
             self._begin_shard()
-        self._write(record)
+        assert self._shard is not None
+        self._shard.write(record)
         self._ids.add(question.id)
         self._shard_lengths[-1] += 1
         self._shard_bytes += len(record)
@@ -285,56 +300,21 @@ class DatasetWriter:
             shutil.rmtree(self.staging, ignore_errors=True)
 
     def _begin_shard(self) -> None:
-        from array_record.python import array_record_module
-
         self._end_shard()
-        path = self.staging / f"shard-{len(self._shard_lengths)}"
-        self._shard = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+        self._shard = _Shard(self.staging / f"shard-{len(self._shard_lengths)}", self.folder)
         self._shard_lengths.append(0)
         self._shard_bytes = 0
 
-    def _write(self, record: bytes) -> None:
-        try:
-            self._shard.write(record)
-        except RuntimeError as error:
-            raise self._write_error(error) from error
-
     def _end_shard(self, discard: bool = False) -> None:
         shard, self._shard = self._shard, None
-        if shard is None:
-            return
-        try:
-            shard.close()
-        except RuntimeError as error:  # a full disk is noticed here at the latest
-            if not discard:
-                raise self._write_error(error) from error
-
-    def _write_error(self, error: Exception) -> OSError:
-        return OSError(f"{self.folder} cannot be written: {_line(error)}")
+        if shard is not None:
+            shard.close(discard)
 
     def _write_metadata(self) -> None:
-        import tensorflow_datasets as tfds
-        from etils import epath
-
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=epath.Path(self.staging), dataset_name=self.name, split="train", filetype_suffix="array_record"
-        )
-        for number in range(len(self._shard_lengths)):
-            final = template.sharded_filepath(shard_index=number, num_shards=len(self._shard_lengths))
-            os.rename(self.staging / f"shard-{number}", final)
-        split = tfds.core.SplitInfo(
-            name="train",
-            shard_lengths=self._shard_lengths,
-            num_bytes=self._total_bytes,
-            filename_template=template,
-        )
-        tfds.folder_dataset.write_metadata(
-            data_dir=self.staging,
-            features=_features(),
-            split_infos=[split],
-            filename_template=template,
-            check_data=False,  # the check reads through tf.data, hence TensorFlow
-        )
+        count = len(self._shard_lengths)
+        for number in range(count):
+            os.rename(self.staging / f"shard-{number}", shard_path(self.staging, self.name, number, count))
+        write_metadata(self.staging, self.name, self._shard_lengths, self._total_bytes)
 
     def _publish(self) -> None:
         if self.overwrite and self.folder.exists():
@@ -351,6 +331,38 @@ class DatasetWriter:
                 os.rename(self.staging, self.folder)  # takes the place of an empty folder, too
             except OSError as error:
                 raise OSError(f"{self.folder} appeared while it was being written: {error.strerror}") from error
+
+
+class _Shard:
+    """One ArrayRecord file that is being written; what goes wrong is told of `named`, as OSError."""
+
+    def __init__(self, path: Path, named: Path):
+        from array_record.python import array_record_module
+
+        self._named = named
+        self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+
+    def write(self, record: bytes) -> None:
+        try:
+            self._writer.write(record)
+        except RuntimeError as error:
+            raise self._error(error) from error
+
+    def close(self, discard: bool = False) -> None:
+        try:
+            self._writer.close()
+        except RuntimeError as error:  # a full disk is noticed here at the latest
+            if not discard:
+                raise self._error(error) from error
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(discard=kind is not None)
+
+    def _error(self, error: Exception) -> OSError:
+        return OSError(f"{self._named} cannot be written: {_line(error)}")
 
 
 def is_tfds_folder(folder: str | os.PathLike[str]) -> bool:
@@ -454,36 +466,6 @@ def _plain(value: Any, feature: Any = None) -> Any:
     if hasattr(value, "tolist"):  # numpy arrays and scalars
         return _plain(value.tolist(), feature)
     return value
-
-
-@dataclass(frozen=True)
-class _Place:
-    position: int
-    question_hash: int  # of what was asked, without the responses
-
-
-def _index_by_id(dataset: Sequence[Question], number: int) -> dict[str, _Place]:
-    index: dict[str, _Place] = {}
-    for position in range(len(dataset)):
-        question = dataset[position]
-        if question.id in index:
-            raise InputError(
-                f"{_dataset_label(dataset, number)}: question id {question.id!r} comes twice; "
-                "write it again with an id of its own for every question"
-            )
-        index[question.id] = _Place(position, hash((question.prompt, question.images, question.solution)))
-    return index
-
-
-def _merged(datasets: Sequence[Sequence[Question]], indices: list[dict[str, _Place]]) -> Iterator[Question]:
-    for position in range(len(datasets[0])):
-        first = datasets[0][position]
-        others = (d[index[first.id].position] for d, index in zip(datasets[1:], indices[1:], strict=True))
-        yield replace(first, responses=first.responses + tuple(r for other in others for r in other.responses))
-
-
-def _dataset_label(dataset: Sequence[Question], number: int) -> str:
-    return str(getattr(dataset, "folder", f"data set {number}"))
 
 
 def _line(error: Exception) -> str:

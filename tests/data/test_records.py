@@ -1,6 +1,5 @@
 """Data sets on disk: what is written comes back, TFDS and grain read it, and it appears whole or not at all."""
 
-import collections
 import io
 import os
 import pickle
@@ -17,7 +16,6 @@ from ril_jax.data.records import (
     DatasetWriter,
     Question,
     Response,
-    merge_responses,
     question_prompt,
     read_dataset,
     write_dataset,
@@ -276,52 +274,6 @@ def test_damaged_metadata_gives_one_line(tmp_path):
     with pytest.raises(InputError, match="metadata cannot be read") as caught:
         read_dataset(tmp_path / "set")
     assert "\n" not in str(caught.value)
-
-
-# ---- several teachers
-
-
-def by_teacher(name, ids):
-    return [
-        Question(id_, f"what is {id_}?", (), id_, (Response(name, f"{name} on {id_}", 3, "stop", 1.0),)) for id_ in ids
-    ]
-
-
-def test_responses_are_joined_by_id_whatever_the_order(tmp_path):
-    write_dataset(tmp_path / "b", by_teacher("b", "zyx"))
-    merged = list(merge_responses([by_teacher("a", "xyz"), read_dataset(tmp_path / "b"), by_teacher("c", "yxz")]))
-    assert [question.id for question in merged] == ["x", "y", "z"]
-    for question in merged:
-        assert [response.text for response in question.responses] == [f"{name} on {question.id}" for name in "abc"]
-        assert question.prompt == f"what is {question.id}?"
-
-
-@pytest.mark.parametrize(("first", "second", "lacking"), [("xyz", "xz", 1), ("xz", "xyz", 0)])
-def test_missing_ids_are_listed_whichever_side_lacks_them(first, second, lacking):
-    with pytest.raises(InputError, match=rf"data set {lacking} lacks 1 of the 3 questions: y;"):
-        merge_responses([by_teacher("a", first), by_teacher("b", second)])
-
-
-def test_an_id_that_comes_twice_or_stands_for_another_question_is_refused():
-    with pytest.raises(InputError, match="'x' comes twice"):
-        merge_responses([by_teacher("a", "xy"), by_teacher("b", "xyx")])
-    changed = [replace(question, solution="other") for question in by_teacher("b", "xy")]
-    with pytest.raises(InputError, match="another question"):
-        merge_responses([by_teacher("a", "xy"), changed])
-
-
-def test_merging_reads_lazily():
-    class Counted(collections.UserList):
-        reads = 0
-
-        def __getitem__(self, index):
-            Counted.reads += 1
-            return super().__getitem__(index)
-
-    merged = iter(merge_responses([Counted(by_teacher("a", "xyz")), by_teacher("b", "xyz")]))
-    after_check = Counted.reads
-    next(merged)
-    assert Counted.reads == after_check + 1
 
 
 @pytest.mark.parametrize(
