@@ -71,7 +71,7 @@ class ServingPlan:
         where = sharding.replicated(self.mesh)
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, sharding=where), tree)
 
-    def _bytes(self, *, passes: float = 1, cached: float = 0) -> dict[str, float]:
+    def _bytes(self, *, passes: float = 1, cached: float = 0) -> dict[str, Any]:
         """Reading the weights (gathered over fsdp) and the cache `passes` times; both a chip's share."""
         tensor, fsdp = self.mesh.shape["tensor"], self.mesh.shape["fsdp"]
         text = self.model.text

@@ -262,14 +262,14 @@ class TrainingPlan:
 
     # --- bytes, analytic ---
 
-    def _weight_bytes(self, prefix: str, *, passes: float) -> dict[str, float]:
+    def _weight_bytes(self, prefix: str, *, passes: float) -> dict[str, Any]:
         """Reading the weights in the compute dtype `passes` times, each gathered over fsdp."""
         size = sum(math.prod(s.shape) for n, s in self.network.specs.items() if n.startswith(prefix))
         size *= self.dtype.itemsize / self.mesh.shape["tensor"]
         fsdp = self.mesh.shape["fsdp"]
         return {"hbm_bytes": passes * size, "network_bytes": passes * size * (fsdp - 1) / fsdp}
 
-    def _training_bytes(self, B: int, micro: int, row_tokens: int, trained: Any) -> dict[str, float]:
+    def _training_bytes(self, B: int, micro: int, row_tokens: int, trained: Any) -> dict[str, Any]:
         """An update: weights read forward, again for remat, and backward; activations; gradients; the optimiser."""
         M, text = B // micro, self.model.text
         passes = M * (2 if self.config.student.remat == "none" else 3)
