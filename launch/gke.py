@@ -2,7 +2,7 @@
 """Print the Kubernetes manifest of a run on GKE: a JobSet of one or more TPU slices, and perhaps a server beside it.
 
     launch/gke.py --config=configs/qwen7b.py:cached --topology=v5e:4x4 --image=IMAGE --bucket=BUCKET \\
-        --server-config=configs/judge_qwen32b.py --server-topology=v6e:2x2 -- --config.data.sft=/shared/data/sft ...
+        --server-config=configs/judge_qwen32b.py --server-topology=v5e:2x4 -- --config.data.sft=/shared/data/sft ...
 
 Flags of the program come behind --. The server is the judge of `train` or the teacher of `generate`: the run waits
 until it is ready, and finds it under a name that stays when it is restarted. Run and server are two JobSets, so that
@@ -24,6 +24,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = "/shared"  # where bucket or claim are mounted
+# Nothing is remembered of what exists in the bucket: hosts must see at once what another one wrote. GKE's own settings
+# for TPU machines remember it for ever.
+MOUNT_OPTIONS = (
+    "implicit-dirs",
+    "metadata-cache:ttl-secs:0",
+    "metadata-cache:negative-ttl-secs:0",
+    "file-system:kernel-list-cache-ttl-secs:0",
+)
 SERVER_PORT = 8000
 MISTAKE = 2  # exit status of a program that names a mistake of its user
 
@@ -122,7 +130,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--service-account", default="default", help="Kubernetes service account that may use the bucket")
     add("--secret", help="Kubernetes secret whose entries become environment variables, such as HF_TOKEN")
     add("--server-config", help="config of a server beside the run")
-    add("--server-topology", help="one host, such as v6e:2x2 or v5p:2x2x1")
+    add("--server-topology", help="of one host, such as v5e:2x4 or v5p:2x2x1")
     add("--server-flag", action="append", default=[], metavar="FLAG", help="a flag of ril_jax.serve; may be repeated")
     add("--apply", action="store_true", help="hand the manifest to kubectl instead of printing it")
     add("--dry-run", action="store_true", help="with --apply: print the command and the manifest")
@@ -273,7 +281,7 @@ def pod(
     volume: dict[str, Any] = {"name": "shared", "persistentVolumeClaim": {"claimName": args.claim}}
     metadata: dict[str, Any] = {"labels": {"ril-run": args.name}}
     if args.bucket:
-        attributes = {"bucketName": args.bucket, "mountOptions": "implicit-dirs"}
+        attributes = {"bucketName": args.bucket, "mountOptions": ",".join(MOUNT_OPTIONS)}
         volume = {"name": "shared", "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
         # The helper that mounts the bucket is held to little memory and space otherwise.
         limits = {f"gke-gcsfuse/{of}-limit": "0" for of in ("cpu", "memory", "ephemeral-storage")}

@@ -74,9 +74,11 @@ mount_bucket() {
       apt-get update -q && apt-get install -y -q gcsfuse"
   fi
   call mkdir -p bucket
-  # No --rename-dir-limit: on a bucket without hierarchical namespace the renaming of a folder then fails, loudly, where
-  # it would be a slow copy that a kill leaves half done. Checkpoints rely on it.
-  call gcsfuse --implicit-dirs "$1" bucket
+  # Nothing is remembered of what exists: hosts must see at once what another one wrote. And no --rename-dir-limit: on a
+  # bucket without hierarchical namespace the renaming of a folder then fails, loudly, where it would be a slow copy that
+  # a kill leaves half done. Checkpoints rely on both.
+  call gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+    --kernel-list-cache-ttl-secs=0 "$1" bucket
 }
 
 point() {

@@ -123,8 +123,10 @@ def parse_arguments(
     if len(words) > 1:
         raise InputError(f"unexpected word {words[1]!r} on the command line: every setting is written as --name=value")
 
-    if "://" in (values.workdir or ""):
-        raise InputError(f"--workdir={values.workdir}: give a folder; mount the bucket and name a folder in it")
+    for name in ("workdir", "output"):  # gs://x would become a folder named gs: here
+        folder = values[name].value if name in values else None
+        if "://" in str(folder or ""):
+            raise InputError(f"--{name}={folder}: give a folder; mount the bucket and name a folder in it")
     args = SimpleNamespace(config=config, workdir=Path(values.workdir).expanduser() if values.workdir else None)
     for flag in flags:
         setattr(args, flag.name, values[flag.name].value)

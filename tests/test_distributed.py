@@ -157,10 +157,11 @@ def test_a_failed_process_of_several_leaves_at_once(monkeypatch, capfd):
     assert capfd.readouterr().err == "error: row 7 is corrupt\n"
 
 
-def test_remote_workdirs_are_refused():
+@pytest.mark.parametrize("name", ["workdir", "output"])
+def test_remote_folders_are_refused(name):
     """They would become a folder named gs: on the local disk."""
-    with pytest.raises(InputError, match="mount the bucket"):
-        cli.parse_arguments(["prog", "--workdir=gs://bucket/run"], required=())
+    with pytest.raises(InputError, match=f"--{name}=gs://bucket/run: .*mount the bucket"):
+        cli.parse_arguments(["prog", f"--{name}=gs://bucket/run"], required=(), flags=[cli.Flag("output")])
 
 
 PROGRAM = """

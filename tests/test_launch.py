@@ -94,7 +94,9 @@ case "$*" in
 esac
 """
 GCSFUSE = """#!/usr/bin/env bash
-mkdir -p "$CLOUD/buckets/$2" && rmdir "$3" && ln -s "$CLOUD/buckets/$2" "$3"
+echo "$*" >>"$CLOUD/mounts"
+bucket=$CLOUD/buckets/${@: -2:1}
+mkdir -p "$bucket" && rmdir "${@: -1}" && ln -s "$bucket" "${@: -1}"
 """
 STANDINS = {
     "gcloud": GCLOUD,
@@ -247,6 +249,9 @@ def test_watch_runs_a_preempted_run_again_on_a_new_slice(cloud):
     assert again == ["queued-resources delete", "queued-resources create"]
     assert "--spot" in next(line for line in cloud.log.read_text().splitlines() if " create " in line)
     assert "train has ended well" in output.read_text()
+    mounts = (cloud.folder / "mounts").read_text().splitlines()
+    assert len(mounts) == 4  # two hosts, twice
+    assert "--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0" in mounts[0]
 
 
 def test_watch_starts_a_run_again_when_its_host_came_back_alone(cloud):
@@ -360,7 +365,7 @@ def test_scripts_are_shellcheck_clean():
 GKE_SCRIPT = runpy.run_path(str(LAUNCH / "gke.py"))
 VALIDATOR = jsonschema.Draft202012Validator(json.loads((LAUNCH / "jobset.schema.json").read_text()))
 GKE = ("--config=configs/qwen7b.py:cached", "--image=registry/ril:1", "--bucket=b")
-SERVED = ("--server-config=configs/judge_qwen32b.py", "--server-topology=v6e:2x2")
+SERVED = ("--server-config=configs/judge_qwen32b.py", "--server-topology=v5e:2x4")
 
 
 def gke(*words, status=0):
@@ -449,7 +454,11 @@ def test_manifests_run_the_program_with_its_flags():
     assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
     spec = job_of(jobset)["template"]["spec"]
     assert spec["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
-    assert spec["volumes"][0]["csi"]["volumeAttributes"]["bucketName"] == "b"
+    attributes = spec["volumes"][0]["csi"]["volumeAttributes"]
+    assert attributes["bucketName"] == "b"
+    assert {"metadata-cache:ttl-secs:0", "metadata-cache:negative-ttl-secs:0"} <= set(
+        attributes["mountOptions"].split(",")
+    )
     assert container["volumeMounts"] == [{"name": "shared", "mountPath": "/shared"}]
     (jobset,) = manifests(
         *GKE[:2], "--claim=disk", "--topology=v5e:2x2", "--program=generate", "--", "--output=/shared/t"
