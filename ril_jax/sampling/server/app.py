@@ -53,11 +53,11 @@ class Service:
         self.model_name = model_name
         self._names = {model_name, str(config.checkpoint)}
         self._limits = Limits.from_config(config)
-        self.metrics = Metrics(lambda: (self._engine, self._preparing, self.state == "ready"))
+        self.metrics = Metrics(lambda: (self._engine, len(self._preparing), self.state == "ready"))
         self.progress = ""  # what is being done before it opens
         self._engine: Engine | None = None
         self._draining = False
-        self._preparing = 0
+        self._preparing: set[Timing] = set()  # of requests that the engine does not know yet
         self._seconds = 1.0  # that a request takes, about
         self._created = int(time.time())
         self._mailbox: Mailbox | None = None
@@ -151,11 +151,11 @@ class Service:
     ) -> Any:
         engine = self._check_open()
         self._check_queue(1)
-        self._preparing += 1
+        self._preparing.add(timing)
         try:
             options, work = await self._prepare(request, timing, read, engine)
         finally:
-            self._preparing -= 1
+            self._preparing.discard(timing)
         answer = form(self.model_name, work.choices, self._texts if options.logprobs is not None else None)
         watcher = asyncio.create_task(_watch(request.receive, work))
         left = self._seconds_left(timing)
@@ -207,7 +207,7 @@ class Service:
         self._check_model(call.options.model)
         encode = self._reader.chat if isinstance(call, ChatCall) else self._reader.completion
         if isinstance(call, CompletionCall):
-            self._check_queue(len(call.prompts))
+            self._check_queue(len(call.prompts) - 1)  # one of them is counted already
         try:
             async with asyncio.timeout(self._seconds_left(timing)):
                 prompts = await loop.run_in_executor(self._pool, encode, call)
@@ -215,8 +215,13 @@ class Service:
                     engine, self._model.chat, self._texts, self._mailbox, call.options, prompts,
                     echo=call.echo, timing=timing, inter_token=self.metrics.inter_token.observe,
                 )  # fmt: skip
+
+                def submit() -> None:
+                    self._preparing.discard(timing)
+                    work.submit()
+
                 try:
-                    await loop.run_in_executor(self._pool, work.submit)
+                    await loop.run_in_executor(self._pool, submit)
                 except BaseException:
                     work.cancel()
                     raise
@@ -238,7 +243,7 @@ class Service:
 
     def _check_queue(self, prompts: int) -> None:
         assert self._engine is not None
-        waiting = self._preparing + self._engine.num_waiting
+        waiting = len(self._preparing) + self._engine.num_waiting
         if waiting + prompts > self._server.max_queue:
             seconds = math.ceil(waiting * self._seconds / self._engine.shapes.slots)
             raise APIError(
@@ -280,7 +285,7 @@ class Service:
         if not self._key:
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        sent = given.strip().encode("utf-8", "replace") if kind.lower() == "bearer" else b""
+        sent = given.strip().encode("latin-1") if kind.lower() == "bearer" else b""
         if not hmac.compare_digest(sent, self._key):
             raise APIError(
                 401, "the API key is missing or wrong; send it as Authorization: Bearer KEY",

@@ -61,7 +61,7 @@ class _Draw:
     done: bool = False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Timing:
     """When a request came and its first token was drawn, in monotonic seconds."""
 
