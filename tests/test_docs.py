@@ -33,8 +33,12 @@ def test_every_config_field_is_told():
     assert sorted(wanted - told()) == []
 
 
+def test_every_serving_field_is_told():
+    assert sorted(set(fields(config_lib.serving_config())) - told()) == []
+
+
 def test_no_field_is_told_that_is_not_there():
-    known = set(fields(config_lib.default_config())) | {"prepare.models"}
+    known = set(fields(config_lib.default_config())) | set(fields(config_lib.serving_config())) | {"prepare.models"}
     assert sorted(told() - known) == []
 
 
@@ -52,7 +56,7 @@ def test_every_arm_is_told(arm):
 
 def test_told_defaults_are_the_defaults():
     """Of plain values; those that are told in words, or for several stages at once, are left to the reader."""
-    values = fields(config_lib.default_config())
+    values = fields(config_lib.serving_config()) | fields(config_lib.default_config())
     for name, text in re.findall(r"^\| `([\w.]+)` \| ([^|]+?) \|", CONFIGURATION, re.MULTILINE):
         text = text.strip("`")
         if name in values and re.fullmatch(r"-?[\d.]+(e-?\d+)?|True|False|None|\([\d, ]*\)", text):
@@ -76,7 +80,7 @@ def test_commands_name_modules_and_fields_that_are_there(page):
     modules = set(re.findall(r"python -m (ril_jax[\w.]*)", text))
     folder = lambda module: ROOT.joinpath(*module.split("."))  # noqa: E731
     assert [m for m in modules if not folder(m).with_suffix(".py").exists() and not folder(m).is_dir()] == []
-    known = fields(config_lib.default_config())
+    known = fields(config_lib.default_config()) | fields(config_lib.serving_config())
     used = set(re.findall(r"--config\.([a-z_.]+[a-z_])", text))
     assert sorted(name for name in used if name not in known) == []
 
