@@ -12,8 +12,8 @@ usage: launch/tpu_vm.sh [--dry-run] COMMAND [ARGUMENT ...]
 
   create              ask for the slice with a queued resource, and wait until it is there
   install             copy this checkout (committed files) to every host and install it there, with the tpu extra
-  run PROGRAM FLAG ...  start python -m ril_jax.PROGRAM (train, generate, serve, evaluate, export) on every host, in the
-                      background; a train with the same flags in the same workdir goes on where it was
+  run PROGRAM FLAG ...  start python -m ril_jax.PROGRAM (train, generate, serve, evaluate; export on the first host only)
+                      on every host, in the background; train with the same flags in the same workdir goes on where it was
   watch               follow the run until it ends; where the slice is preempted, create, install and run again
   status              the state of the slice, and of the run on its hosts
   stop                SIGTERM: the run saves itself and leaves
@@ -197,13 +197,14 @@ run() {
 }
 
 start() {
-  local words=(.venv/bin/python -m "ril_jax.${program[0]}") remote="cd $project"
+  local words=(.venv/bin/python -m "ril_jax.${program[0]}") remote="cd $project" hosts=(all all)
   if [[ -n "$bucket" ]]; then
     remote+=" && launch/host.sh mount $(quoted "$bucket")"
   fi
   case "${program[0]}" in
     train) words+=(--workdir="$workdir") ;;
     serve) words+=(--port="$port" --config.server.host=0.0.0.0) ;;
+    export) words=(env JAX_PLATFORMS=cpu "${words[@]}") hosts=(0 0) ;; # from file to file: no TPU, one host
   esac
   if [[ -n "$server" ]]; then
     point_to_server || return
@@ -214,7 +215,7 @@ start() {
     esac
   fi
   # The user's flags come last, since the last one of a kind counts.
-  on_hosts "$remote && launch/host.sh start $(quoted "${words[@]}" "${program[@]:1}")"
+  ssh_to "${hosts[@]}" "$remote && launch/host.sh start $(quoted "${words[@]}" "${program[@]:1}")"
 }
 
 # The hosts know the server as ril-server: a server that was created again has another address, and the same name.

@@ -332,6 +332,16 @@ def test_a_served_teacher_of_an_offline_job(cloud):
     assert "ril_jax.generate --config.generate.base_url=http://ril-server:8000/v1 --input=q" in printed
 
 
+def test_an_export_runs_on_one_host_without_its_tpu(cloud):
+    printed = cloud(
+        "--dry-run", "run", "export", "--checkpoint=bucket/runs/ril", "--output=bucket/model", TPU_BUCKET="b"
+    )
+    assert "--node=0 --worker=0" in printed.stdout
+    assert (
+        "start env JAX_PLATFORMS=cpu .venv/bin/python -m ril_jax.export --checkpoint=bucket/runs/ril" in printed.stdout
+    )
+
+
 def test_unknown_commands_are_refused(cloud):
     assert "unknown command" in cloud("destroy", status=2).stderr
     assert "needs a program and its flags" in cloud("run", status=2).stderr
