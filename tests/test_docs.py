@@ -59,7 +59,7 @@ def test_told_defaults_are_the_defaults():
     values = fields(config_lib.serving_config()) | fields(config_lib.default_config())
     for name, text in re.findall(r"^\| `([\w.]+)` \| ([^|]+?) \|", CONFIGURATION, re.MULTILINE):
         text = text.strip("`")
-        if name in values and re.fullmatch(r"-?[\d.]+(e-?\d+)?|True|False|None|\([\d, ]*\)", text):
+        if name in values and re.fullmatch(r"-?\d*\.?\d*(e-?\d+)?(?<=\d)|True|False|None|\([\d, ]*\)", text):
             assert values[name] == eval(text, {}), f"{name} is {values[name]!r}, and told as {text}"
         elif name in values and isinstance(values[name], str) and " " not in text:
             assert values[name] == text.strip('"'), f"{name} is {values[name]!r}, and told as {text}"
