@@ -161,7 +161,36 @@ def make_update(
         metrics = dict(sums) | {"loss": loss, "grad_norm": norm, "finite": finite.astype(jnp.float32)}
         return TrainState(params, opt, state.step + 1), metrics
 
-    return jax.jit(update, donate_argnums=(0,) if donate else ())
+    return Update(update, donate=donate)
+
+
+class Update:
+    """A jitted (state, shared, batch) -> (state, metrics) whose state stays where it is, on every mesh.
+
+    Left to itself, XLA may give the new state other shardings than the old one had, and the next call compiles anew.
+    """
+
+    def __init__(self, function: Callable, *, donate: bool):
+        self._function, self._donate = function, donate
+        self._programs: dict[Any, Any] = {}
+
+    def __call__(self, state: TrainState, shared: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self._program(state)(state, shared, batch)
+
+    def trace(self, state: Any, shared: Any, batch: Any) -> Any:
+        """As of a jitted function; the arguments may be abstract."""
+        return self._program(state).trace(state, shared, batch)
+
+    def _program(self, state: Any) -> Any:
+        leaves, structure = jax.tree.flatten(state)
+        where = tuple(getattr(leaf, "sharding", None) for leaf in leaves)
+        if (structure, where) not in self._programs:
+            self._programs[structure, where] = jax.jit(
+                self._function,
+                donate_argnums=(0,) if self._donate else (),
+                out_shardings=(jax.tree.unflatten(structure, where), None),
+            )
+        return self._programs[structure, where]
 
 
 def fresh_params(network: Network, seed: int, mesh: Mesh, *, scheme: str = "normal") -> Params:
