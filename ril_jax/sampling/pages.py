@@ -66,7 +66,7 @@ class PrefixCache:
         if segment.readers == 0:
             self._unread -= len(segment.pages)
         segment.readers += 1
-        self._idle.pop(segment.key, None)
+        self._in_use(segment)
 
     def release(self, segment: Segment) -> None:
         """One reader less; an unread segment stays until its pages are needed, or goes at once if it is stale."""
@@ -94,12 +94,14 @@ class PrefixCache:
     def insert(self, key: bytes, pages: list[int], parent: Segment | None) -> Segment:
         """A new segment, read once, over pages that were allocated.
 
-        Where another request has put the same content in meanwhile, that stays the one that is found.
+        Where another request has put the same content in meanwhile, that stays the one that is found. What follows on
+        a segment that is not found is not found either: its reader would not read its parent.
         """
-        segment = Segment(key, pages, parent, readers=1, stale=key in self._segments)
+        stale = key in self._segments or (parent is not None and parent.stale)
+        segment = Segment(key, pages, parent, readers=1, stale=stale)
         if parent is not None:
             parent.children += 1
-            self._idle.pop(parent.key, None)
+            self._in_use(parent)
         if not segment.stale:
             self._segments[key] = segment
         return segment
@@ -112,8 +114,12 @@ class PrefixCache:
         while self._idle:
             self._drop(next(iter(self._idle.values())))
 
+    def _in_use(self, segment: Segment) -> None:
+        if self._idle.get(segment.key) is segment:  # and not another one of the same content
+            del self._idle[segment.key]
+
     def _drop(self, segment: Segment) -> None:
-        self._idle.pop(segment.key, None)
+        self._in_use(segment)
         if self._segments.get(segment.key) is segment:
             del self._segments[segment.key]
         self._unread -= len(segment.pages)
