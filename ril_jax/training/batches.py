@@ -119,7 +119,7 @@ class Buckets:
 
 
 def micro_rows(batch: int, micro: int, shards: int) -> int:
-    """Rows of a micro-batch: at least `micro` (0: the batch), the fewest that divide the batch and spread over `shards`.
+    """Rows of a micro-batch: the fewest from `micro` (0: the batch) on that divide the batch and spread over `shards`.
 
     Where no number does, `micro` itself if it divides the batch, else the batch; its rows are then on every device.
     """
