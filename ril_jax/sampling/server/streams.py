@@ -73,7 +73,7 @@ class Work:
     """The samples of one HTTP request, from submission to the last piece.
 
     `submit` runs in any thread; the rest belongs to the event loop. Whoever makes one calls `cancel` in the end,
-    whatever happened: what still runs is stopped, and its pages come back.
+    whatever happened: what still runs is stopped, and its pages come back. `param`: the field that holds the prompts.
     """
 
     def __init__(
@@ -85,12 +85,13 @@ class Work:
         options: Options,
         prompts: Sequence[EncodedPrompt],
         *,
+        param: str,
         echo: bool = False,
         timing: Timing,
         inter_token: Callable[[float], None] = lambda seconds: None,
     ):
         self._engine, self._texts, self._mailbox = engine, texts, mailbox
-        self._options, self._prompts, self._echo = options, prompts, echo
+        self._options, self._prompts, self._param, self._echo = options, prompts, param, echo
         self._timing, self._inter_token = timing, inter_token
         self._scores_wanted = echo and options.logprobs is not None
         self._draws_wanted = options.max_tokens != 0
@@ -129,7 +130,7 @@ class Work:
                 if self._draws_wanted:
                     self._draw_jobs[i] = self._add(i, self._request(prompt))
         except InputError as error:
-            raise APIError(400, str(error)) from None
+            raise APIError(400, str(error), param=self._param) from None
         except RuntimeError as error:
             raise APIError(500, str(error)) from None
 
@@ -180,7 +181,7 @@ class Work:
             length, fits = len(prompt.token_ids), room + len(prompt.token_ids) - 1
             raise APIError(
                 400, f"the prompt takes {length} tokens, and {fits} are room for; shorten it, or use smaller images",
-                param="messages" if prompt.images else None, code="context_length_exceeded",
+                param=self._param, code="context_length_exceeded",
             )  # fmt: skip
         return Request(
             prompt,

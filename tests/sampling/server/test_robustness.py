@@ -112,13 +112,13 @@ def test_limits_of_bodies_images_and_texts(served, control):
     text = BODY | {"messages": [{"role": "user", "content": "word " * 100_000}]}
     assert "characters" in error_of(post(served.url, text), 400, "messages")
     longer = BODY | {"messages": [{"role": "user", "content": "7" * 400}]}
-    assert "tokens" in error_of(post(served.url, longer), 400)
+    assert "tokens" in error_of(post(served.url, longer), 400, "messages")
 
 
 def test_more_images_than_the_feature_store_holds_are_refused_and_do_not_stop_the_engine(served, control):
     urls = [data_url(picture(28, 28 + i)) for i in range(8)]
     response = post(served.url, images(*urls))
-    assert "config.engine.feature_rows" in error_of(response, 400)
+    assert "config.engine.feature_rows" in error_of(response, 400, "messages")
     # As many as fit, of sizes that leave gaps between them, over and over.
     for turn in range(6):
         chosen = [data_url(picture(28 + 28 * (turn % 3), 28 + turn)), data_url(picture(56, 112 + turn))]
