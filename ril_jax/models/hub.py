@@ -65,7 +65,7 @@ def load_params(
     total, done = sum(entry.nbytes for _, entry, _ in wanted), 0
     largest = max(entry.nbytes for _, entry, _ in wanted)
     with ThreadPoolExecutor(_THREADS) as threads:
-        loader = _Loader(source, network, np.dtype(dtype), where, max(staging, largest), staging, threads)
+        loader = _Loader(source, network, np.dtype(dtype), where, staging, largest, threads)
         if progress is not None:
             progress(0, total)
         for key, entry, targets in wanted:
@@ -171,19 +171,20 @@ class _Loader:
         network: Network,
         dtype: np.dtype,
         shardings: Mapping[str, Sharding],
-        buffer: int,
-        small: int,
+        staging: int,
+        largest: int,
         threads: ThreadPoolExecutor,
     ):
-        """`buffer`: bytes of the largest tensor or more; `small`: bytes of what is put together on the host."""
+        """`staging`: bytes on their way, and of what is put together on the host; `largest`: of the largest tensor."""
         self._source, self._specs, self._dtype, self._shardings = source, network.specs, dtype, shardings
         self._small = {
-            name: aligned_empty(spec.shape, dtype) for name, spec in _smallest(network.specs, dtype.itemsize, small)
+            name: aligned_empty(spec.shape, dtype) for name, spec in _smallest(network.specs, dtype.itemsize, staging)
         }
         for values in self._small.values():
             values.fill(0)
         self._params: Params = {}
-        self._buffer = aligned_empty((buffer + _ALIGNMENT * jax.local_device_count(),), np.dtype(np.uint8))
+        size = max(staging, largest) + _ALIGNMENT * jax.local_device_count()
+        self._buffer, self._staging = aligned_empty((size,), np.dtype(np.uint8)), staging
         self._used, self._under_way = 0, set[str]()
         self._threads, self._own = threads, threading.local()
 
@@ -243,7 +244,9 @@ class _Loader:
         """Room for arrays in the buffer; waits for what was there where it is full."""
         sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
         strides = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        if self._used + sum(strides) > self._buffer.size:
+        # No more of the buffer is touched than two of these need: one is read while the other is on its way.
+        room = min(self._buffer.size, max(self._staging, 2 * sum(strides)))
+        if self._used + sum(strides) > room:
             jax.block_until_ready([self._params[name] for name in self._under_way])
             self._used, self._under_way = 0, set()
         arrays = []
