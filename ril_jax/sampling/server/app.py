@@ -213,7 +213,8 @@ class Service:
                 prompts = await loop.run_in_executor(self._pool, encode, call)
                 work = Work(
                     engine, self._model.chat, self._texts, self._mailbox, call.options, prompts,
-                    param="messages" if isinstance(call, ChatCall) else "prompt", echo=call.echo, timing=timing, inter_token=self.metrics.inter_token.observe,
+                    param="messages" if isinstance(call, ChatCall) else "prompt", echo=call.echo, timing=timing,
+                    inter_token=self.metrics.inter_token.observe,
                 )  # fmt: skip
 
                 def submit() -> None:
