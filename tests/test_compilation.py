@@ -23,6 +23,11 @@ def triple_of_rows(x):
     return x * 3
 
 
+def reported(caplog) -> list[logging.LogRecord]:
+    """The warnings, but for those of engines that other tests keep warm in this process."""
+    return [record for record in caplog.records if record.args[0] != "engine"]
+
+
 def test_a_new_shape_raises_the_count_by_one_and_the_warning_names_function_and_shape(counter, caplog):
     f = jax.jit(triple_of_rows)
     f(np.zeros(3, np.float32))
@@ -31,11 +36,11 @@ def test_a_new_shape_raises_the_count_by_one_and_the_warning_names_function_and_
     with caplog.at_level(logging.WARNING, "ril_jax.compilation"):
         f(np.ones(3, np.float32))
         assert counter.count == 1
-        assert not caplog.records
+        assert not reported(caplog)
         f(np.zeros(5, np.float32))
     assert counter.count == 2
     assert counter.after_warm == 1
-    [record] = caplog.records
+    [record] = reported(caplog)
     assert record.levelno == logging.WARNING
     message = record.getMessage()
     assert "triple_of_rows" in message
@@ -50,7 +55,7 @@ def test_compilations_before_warm_and_after_cold_are_silent(counter, caplog):
     f(np.zeros(2, np.float32))
     assert counter.count == 1
     assert counter.after_warm == 0
-    assert not caplog.records
+    assert not reported(caplog)
 
 
 def test_expected_compilations_are_counted_but_not_reported(counter, caplog):
@@ -59,7 +64,7 @@ def test_expected_compilations_are_counted_but_not_reported(counter, caplog):
     with counter.expected():
         f(np.zeros(2, np.float32))
     assert (counter.count, counter.after_warm) == (1, 0)
-    assert not caplog.records
+    assert not reported(caplog)
     f(np.zeros(4, np.float32))
     assert (counter.count, counter.after_warm) == (2, 1)
 

@@ -50,6 +50,6 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(results):
     assert len(compared) > 40
     for mesh, other in results.items():
         for name in compared:
-            scale = max(np.abs(one[name]).max(), 1e-6)
+            scale = max(np.abs(one[name]).max(), 1e-5)  # a key's bias has no gradient but rounding
             np.testing.assert_allclose(other[name], one[name], atol=2e-4 * scale, err_msg=f"{mesh} {name}")
     assert all(np.abs(one[name]).max() > 0 for name in compared if name.startswith("ril_step/text.layers"))
