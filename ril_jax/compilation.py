@@ -152,6 +152,13 @@ class _ShapesWatch(logging.Filter):
         self._shapes = shapes
         self._logger = logging.getLogger(_SHAPES_LOGGER)
         self._level = self._logger.level
+        # A filter that refuses a record ends the matter, so the first watch tells those that came after it.
+        self._first = next((f for f in self._logger.filters if isinstance(f, _ShapesWatch)), None)
+        self._others: list[dict[str, str]] = []
+        self._closed = False
+        if self._first is not None:
+            self._first._others.append(shapes)
+            return
         self._shown_from = self._logger.getEffectiveLevel()
         self._logger.addFilter(self)
         if self._shown_from > logging.DEBUG:
@@ -160,10 +167,19 @@ class _ShapesWatch(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if str(record.msg).startswith("Compiling %s with") and isinstance(record.args, tuple) and len(record.args) > 1:
             shapes = str(record.args[1])
-            self._shapes[str(record.args[0])] = shapes if len(shapes) <= 400 else shapes[:400] + " ..."
+            for known in (self._shapes, *self._others):
+                known[str(record.args[0])] = shapes if len(shapes) <= 400 else shapes[:400] + " ..."
         return record.levelno >= self._shown_from
 
     def close(self) -> None:
+        if self._first is not None:
+            self._first._others = [shapes for shapes in self._first._others if shapes is not self._shapes]
+            if self._first._closed:
+                self._first.close()
+            return
+        self._closed = True
+        if self._others:  # it goes on for them, and is taken away with the last
+            return
         self._logger.removeFilter(self)
         if not any(isinstance(f, _ShapesWatch) for f in self._logger.filters):
             self._logger.setLevel(self._level)
