@@ -83,12 +83,16 @@ def default_config() -> ConfigDict:
     c.reward.similarity_weight = 1.0  # [P]
     c.reward.answer_weight = 1.0  # [P]; 0 drops the judge
     c.reward.judge = ConfigDict()
-    c.reward.judge.kind = "rules"  # "rules", "openai", or "none"
+    c.reward.judge.kind = "rules"  # "rules", "openai", "engine" (a model in this process), or "none"
     c.reward.judge.base_url = ""  # of an OpenAI-compatible endpoint, for "openai": http://host:8000/v1
     c.reward.judge.model = "Qwen/Qwen2.5-32B-Instruct"  # [P]
     c.reward.judge.api_key_env = ""  # environment variable that holds the key
     c.reward.judge.concurrency = 64
     c.reward.judge.max_tokens = 256  # [R]
+    c.reward.judge.checkpoint = ""  # of the judge, for "engine": a Hugging Face folder or a hub id
+    c.reward.judge.dtype = "bfloat16"  # of the judge, for "engine"
+    c.reward.judge.engine = engine_config()  # for "engine"
+    c.reward.judge.engine.max_model_len = 2048  # instructions, question, solution, response, and the verdict
     c.reward.judge.connect_timeout = 10.0  # seconds
     c.reward.judge.read_timeout = 120.0
     c.reward.judge.max_wait = 120.0  # longest pause between two tries of an endpoint that does not answer
@@ -306,7 +310,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "discriminator.loss", ("gail", "pairs"))
     _choice(config, "ril.loss_type", ("dr_grpo", "grpo"))
     _choice(config, "ril.scale_rewards", ("none", "std"))
-    _choice(config, "reward.judge.kind", ("rules", "openai", "none"))
+    _choice(config, "reward.judge.kind", ("rules", "openai", "engine", "none"))
     _choice(config, "student.dtype", ("bfloat16", "float32"))
     _validate_rungs(config)
     for model in ("student", *(f"teachers.{name}" for name in config.teachers)):
@@ -358,6 +362,11 @@ def _validate_arm(arm: str, config: ConfigDict, stages: list[str]) -> None:
             f"{wants[-1]} needs responses of a teacher; name config.data.teacher_data, or add one with add_teacher"
         )
     judge = config.reward.judge
+    if "ril" in stages and judge.kind == "engine" and config.reward.answer_weight and not judge.checkpoint:
+        raise InputError(
+            "config.reward.judge.checkpoint is empty; name the judge's Hugging Face folder or hub id, or set "
+            "config.reward.judge.kind=rules"
+        )
     if "ril" in stages and judge.kind == "openai" and config.reward.answer_weight and not judge.base_url:
         raise InputError(
             "config.reward.judge.base_url is empty; name the judge's endpoint, such as http://host:8000/v1, or set "

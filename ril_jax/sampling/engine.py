@@ -70,6 +70,7 @@ class Engine:
         self.programs, self.params, self.shapes = programs, params, programs.shapes
         self.stats = EngineStats()
         self.counter = counter or CompileCounter()
+        self._owns_counter = counter is None
         self._image_token_id = image_token_id
         self._state: EngineState = programs.new_state()
         self._cache = PrefixCache(self.shapes.num_pages, self.shapes.page_size)
@@ -179,7 +180,8 @@ class Engine:
             self._wake.notify_all()
         if self._thread is not None:
             self._thread.join()
-        self.counter.close()
+        if self._owns_counter:
+            self.counter.close()
 
     def step(self) -> bool:
         """One turn: take news, start samples, prefill, decode. Returns whether anything is left to do."""

@@ -1,13 +1,9 @@
 """An engine from a checkpoint and a config, and its token stream as text."""
 
-import dataclasses
-import functools
-import queue
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -19,7 +15,6 @@ from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained
 from ril_jax.sampling.engine import Engine
 from ril_jax.sampling.engine_programs import EnginePrograms, EngineShapes
-from ril_jax.sampling.requests import FinishReason, Request, Tokens
 
 
 def engine_shapes(config: ConfigDict, *, max_positions: int) -> EngineShapes:
@@ -163,63 +158,3 @@ class TextStream:
 def _held(text: str, stop: Sequence[str]) -> int:
     """How many characters at the end of `text` may be the beginning of a stop string."""
     return max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """One finished sample: text without special tokens and stop string; token_ids and logprobs up to its end."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[float]
-    finish_reason: FinishReason
-
-
-def sample_all(
-    engine: Engine, chat: ChatTokenizer, requests: Iterable[Request], *, in_flight: int = 256,
-    on_done: Callable[[int, list[Result]], None] | None = None,
-) -> list[list[Result]]:  # fmt: skip
-    """The samples of every request, in order; keeps `in_flight` requests with an engine that runs in its own thread.
-
-    `on_done(i, results)` is called as each request ends. Raises RuntimeError if the engine fails.
-    """
-    results: dict[int, list[Result]] = {}
-    news: queue.SimpleQueue[tuple[int, Tokens]] = queue.SimpleQueue()
-    running: dict[int, tuple[Request, list[list[Tokens]]]] = {}
-    source = enumerate(requests)
-    more = True
-    while more or running:
-        while more and len(running) < in_flight:
-            entry = next(source, None)
-            if entry is None:
-                more = False
-                break
-            i, request = entry
-            running[i] = (request, [[] for _ in range(request.n)])
-            engine.submit(request, functools.partial(_tell, news, i))
-        if not running:
-            break
-        i, told = news.get()
-        if told.finish_reason == "error":
-            raise RuntimeError(told.error)
-        request, parts = running[i]
-        parts[told.sample].append(told)
-        if all(part and part[-1].finish_reason for part in parts):
-            del running[i]
-            done = [_result(chat, part) for part in parts]
-            results[i] = done
-            if on_done is not None:
-                on_done(i, done)
-    return [results[i] for i in range(len(results))]
-
-
-def _tell(news: queue.SimpleQueue, i: int, told: Tokens) -> None:
-    news.put((i, told))
-
-
-def _result(chat: ChatTokenizer, parts: Sequence[Tokens]) -> Result:
-    ids = [token for part in parts for token in part.token_ids]
-    logprobs = [value for part in parts for value in part.logprobs]
-    reason = parts[-1].finish_reason
-    assert reason is not None
-    return Result(chat.decode(np.asarray(ids, np.int32)), ids, logprobs, reason)

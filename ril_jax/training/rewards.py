@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -12,7 +15,8 @@ from ril_jax import objectives
 from ril_jax.data.records import Question, question_prompt
 from ril_jax.errors import InputError
 from ril_jax.rewards.functions import load_reward_functions
-from ril_jax.rewards.judge import make_judge
+from ril_jax.rewards.judge import Judge, make_judge
+from ril_jax.rewards.overlap import Verdicts
 from ril_jax.rewards.verdict import JudgeItem
 from ril_jax.training.run import Run
 
@@ -35,10 +39,10 @@ class RewardModel:
 
     def __init__(self, run: Run, config: ConfigDict):
         self._reward = config.reward
-        judge = dict(config.reward.judge)
-        judge["cache_path"] = run.path(judge["cache_path"])
-        weight = config.reward.answer_weight
-        self.judge = make_judge(judge, notify=print, stop=run.stop.should_stop) if weight else None
+        self._abandon = threading.Event()
+        # Devices that work together must be given their programs in one order, whichever thread starts them.
+        self._launching = threading.Lock()
+        self.judge = self._make_judge(run, config.reward.judge) if config.reward.answer_weight else None
         self.functions = load_reward_functions(list(config.reward.functions))
         weights = list(config.reward.function_weights) or [1.0] * len(self.functions)
         if len(weights) != len(self.functions):
@@ -48,10 +52,41 @@ class RewardModel:
         self._function_weights = weights
         self._similarity, self._levels = parse_similarity(config.reward.similarity)
 
+    def _make_judge(self, run: Run, config: ConfigDict) -> Judge | None:
+        judge = config.to_dict() | {"cache_path": run.path(config.cache_path)}
+        if judge["checkpoint"]:
+            judge["checkpoint"] = run.path(judge["checkpoint"])
+        alone = jax.process_count() == 1
+        if judge["kind"] == "engine" and not alone:
+            raise InputError(
+                "config.reward.judge.kind=engine is for runs of one process; serve the judge with ril_jax.serve, and "
+                "name it in config.reward.judge.base_url, with kind=openai"
+            )
+
+        def stop() -> bool:  # of several processes none may leave alone: they agree at the end of a step
+            return self._abandon.is_set() or (alone and run.stop.received is not None)
+
+        return make_judge(judge, notify=print, stop=stop, mesh=run.mesh, counter=run.counter, launching=self.launching)
+
+    def launching(self) -> AbstractContextManager:
+        """To be held while device programs are started beside a judge that may start its own."""
+        return self._launching
+
+    def judging(self) -> AbstractContextManager[Verdicts | None]:
+        """The verdicts of one batch, some of them asked for early, and handed to the call; None without a judge."""
+        return nullcontext() if self.judge is None else Verdicts(self.judge, self._abandon)
+
     def __call__(
-        self, questions: Sequence[Question], responses: Sequence[Sequence[str]], logits: np.ndarray | None
+        self,
+        questions: Sequence[Question],
+        responses: Sequence[Sequence[str]],
+        logits: np.ndarray | None,
+        verdicts: Verdicts | None = None,
     ) -> Rewards:
-        """Rewards of all responses; `logits` [B, S] of the discriminator, None without one."""
+        """Rewards of all responses; `logits` [B, S] of the discriminator, None without one.
+
+        `verdicts`: of this batch, where some were asked for before.
+        """
         parts: dict[str, np.ndarray] = {}
         weights: dict[str, float] = {}
         if logits is not None:
@@ -59,13 +94,9 @@ class RewardModel:
             parts["similarity"], weights["similarity"] = np.asarray(similarity), self._reward.similarity_weight
         explanations = [["" for _ in row] for row in responses]
         if self.judge is not None:
-            items = [
-                JudgeItem(question=plain_prompt(q), solution=q.solution, response=text, id=q.id)
-                for q, row in zip(questions, responses, strict=True)
-                for text in row
-            ]
-            verdicts = iter(self.judge(items))
-            graded = [[next(verdicts) for _ in row] for row in responses]
+            items = judge_items(questions, responses)
+            given = iter(self.judge(items) if verdicts is None else verdicts.get(items))
+            graded = [[next(given) for _ in row] for row in responses]
             parts["answer"] = np.array([[v.score for v in row] for row in graded], np.float32)
             weights["answer"] = self._reward.answer_weight
             explanations = [[v.explanation for v in row] for row in graded]
@@ -77,6 +108,15 @@ class RewardModel:
         # A part without an opinion counts as nothing, not as a reward of zero for being right or wrong.
         total = sum(weights[name] * np.nan_to_num(part, nan=0.0) for name, part in parts.items())
         return Rewards(np.asarray(total, np.float32), parts, explanations)
+
+
+def judge_items(questions: Sequence[Question], responses: Sequence[Sequence[str]]) -> list[JudgeItem]:
+    """What a judge is asked of every response, question by question."""
+    return [
+        JudgeItem(question=plain_prompt(q), solution=q.solution, response=text, id=q.id)
+        for q, row in zip(questions, responses, strict=True)
+        for text in row
+    ]
 
 
 def parse_similarity(text: str) -> tuple[Any, int | None]:

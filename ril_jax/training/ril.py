@@ -23,13 +23,14 @@ from ril_jax.errors import InputError
 from ril_jax.models.parameters import Params, cast
 from ril_jax.pretrained import save_folder
 from ril_jax.rewards.judge import JudgeInterrupted, RulesJudge
+from ril_jax.rewards.overlap import Verdicts
 from ril_jax.training import discriminator as discriminator_lib
 from ril_jax.training.batches import flatten_features, flatten_micro, micro_rows, put
 from ril_jax.training.collect import STUDENT, question_key, teacher_dataset
 from ril_jax.training.evaluation import evaluate
 from ril_jax.training.metrics import Sample, SampleResponse, SampleTable
 from ril_jax.training.progress import Progress
-from ril_jax.training.rewards import RewardModel, Rewards
+from ril_jax.training.rewards import RewardModel, Rewards, judge_items
 from ril_jax.training.run import Run, Stopped
 from ril_jax.training.sft import not_finite
 from ril_jax.training.state import (
@@ -106,44 +107,60 @@ class Ril:
         features = run.programs.encode(pi_old, vision) if vision is not None else None
         prompts = prompts._replace(vision=None)
 
-        # Sample G student responses per question from pi_old; draw as many cached teacher responses.
-        group = self.sample(step, questions, prompts, pi_old, features)
-        metrics: dict[str, float] = {}
+        with self.rewards.judging() as verdicts:  # whatever has its text is judged beside what follows
+            # Sample G student responses per question from pi_old; draw as many cached teacher responses.
+            drawn = [self.draw_teachers(step, b, question) for b, question in enumerate(questions)]
+            self.ask(verdicts, questions, [[r.text for r in row[: self.num_teacher]] for row in drawn])
+            group = self.sample(step, questions, drawn, prompts, pi_old, features)
+            self.ask(verdicts, questions, [texts[: self.G] for texts in group.texts])
+            metrics: dict[str, float] = {}
 
-        # Repeat mu times: update D on these responses (Eq. 1). Then reward all with the updated D and the judge.
-        logits = None
-        if self.discriminator is not None:
-            logits, d_metrics = self.discriminate(step, questions, group, mu)
-            metrics |= d_metrics
-        group = self.without_extra_teachers(group)
-        logits = None if logits is None else logits[:, : len(group.texts[0])]
-        rewards = self.rewards(questions, group.texts, logits)
+            # Repeat mu times: update D on these responses (Eq. 1). Then reward all with the updated D and the judge.
+            logits = None
+            if self.discriminator is not None:
+                logits, d_metrics = self.discriminate(step, questions, group, mu)
+                metrics |= d_metrics
+            group = self.without_extra_teachers(group)
+            logits = None if logits is None else logits[:, : len(group.texts[0])]
+            rewards = self.rewards(questions, group.texts, logits, verdicts)
         advantages = np.asarray(objectives.group_advantages(rewards.total, scale=self.config.ril.scale_rewards))
 
         # Repeat mu times: update pi on all of them (Eq. 2).
         metrics |= self.update_policy(step, prompts, vision, features, group, advantages)
         return metrics | self.group_metrics(group, rewards), group, rewards
 
-    def sample(self, step: int, questions: Sequence[Question], prompts: PromptBatch, pi_old: Params, features) -> Group:
+    def ask(self, verdicts: Verdicts | None, questions: Sequence[Question], responses: Sequence[Sequence[str]]) -> None:
+        if verdicts is not None:
+            verdicts.ask(judge_items(questions, responses))
+
+    def sample(
+        self,
+        step: int,
+        questions: Sequence[Question],
+        drawn: Sequence[Sequence[Response]],
+        prompts: PromptBatch,
+        pi_old: Params,
+        features,
+    ) -> Group:
+        """G student responses to every question, and beside them the teachers' that were drawn."""
         run = self.run
         keys = np.stack([question_key(run.config.seed, f"ril/{step}/{i}", q.id) for i, q in enumerate(questions)])
-        samples = jax.device_get(
-            run.sampler(
+        with self.rewards.launching():
+            samples = run.sampler(
                 pi_old, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
                 put(keys, run.mesh, micro=False),
                 num_samples=self.G, max_tokens=self.L, sampling=run.sampling_params(),
-            )
-        )  # fmt: skip
+            )  # fmt: skip
+        samples = jax.device_get(samples)
         chat = run.student.chat
         tokens, texts, models = [], [], []
-        for b, question in enumerate(questions):
+        for b, teachers in enumerate(drawn):
             own = [samples.token_ids[b, g][samples.mask[b, g]] for g in range(self.G)]
-            drawn = self.draw_teachers(step, b, question)
             tokens.append(
-                own + [chat.encode_response(r.text, finished=r.finish_reason == "stop")[: self.L] for r in drawn]
+                own + [chat.encode_response(r.text, finished=r.finish_reason == "stop")[: self.L] for r in teachers]
             )
-            texts.append([chat.decode(t) for t in own] + [r.text for r in drawn])
-            models.append([STUDENT] * self.G + [r.model for r in drawn])
+            texts.append([chat.decode(t) for t in own] + [r.text for r in teachers])
+            models.append([STUDENT] * self.G + [r.model for r in teachers])
         return Group(tokens, texts, models, samples.finished, samples.logprobs)
 
     def draw_teachers(self, step: int, b: int, question: Question) -> list[Response]:
@@ -194,12 +211,14 @@ class Ril:
             update = discriminator.make_update(self.d_optimizer, self.G)
             count = sharding.put(np.full((self.B // micro,), self.B // micro, np.float32), run.mesh)
             for _ in range(mu):
-                state, values = update(state, self.d_frozen, (*batch, count))
+                with self.rewards.launching():
+                    state, values = update(state, self.d_frozen, (*batch, count))
             values = {name: float(value) for name, value in jax.device_get(values).items()}
             if not values.pop("finite"):
                 raise not_finite(run, f"ril/{self.arm}/discriminator", step, values, batch)
             metrics = {f"discriminator/{name}": value for name, value in values.items()}
-        logits = discriminator.logits(state.params, self.d_frozen, batch)
+        with self.rewards.launching():
+            logits = discriminator.logits(state.params, self.d_frozen, batch)
         self.state = self.state._replace(discriminator=state)
         logits = np.asarray(jax.device_get(logits)).reshape(self.B, -1)
         if "discriminator/accuracy" not in metrics:

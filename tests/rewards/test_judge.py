@@ -306,13 +306,15 @@ def test_make_judge_reads_one_config_for_every_kind():
     ("config", "message"),
     [
         ({}, "judge.kind"),
-        ({"kind": "llm"}, "rules, openai, none"),
+        ({"kind": "llm"}, "rules, openai, engine, none"),
         ({"kind": "rules", "modle": "x"}, "did you mean model"),
         ({"kind": "openai", "model": "m"}, "base_url"),
         ({"kind": "openai", "base_url": "localhost:8000", "model": "m"}, "base_url"),
         ({"kind": "openai", "base_url": "http://h"}, "judge.model"),
         ({"kind": "openai", "base_url": "http://h", "model": "m", "concurrency": 0}, "concurrency"),
         ({"kind": "openai", "base_url": "http://h", "model": "m", "max_wait": "long"}, "max_wait"),
+        ({"kind": "engine", "model": "m"}, "judge.checkpoint is empty"),
+        ({"kind": "engine", "checkpoint": "DIR", "dtype": "int8"}, "judge.dtype"),
     ],
 )
 def test_bad_judge_configs_are_refused(config, message):
