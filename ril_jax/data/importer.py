@@ -6,13 +6,13 @@ decoding every image once is what takes the time. Rows keep the order of the inp
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +20,7 @@ from typing import Any, TextIO
 from ril_jax.data import records
 from ril_jax.data.records import Question
 from ril_jax.data.rows import Refusal, Row, check_row
+from ril_jax.data.threads import map_in_threads
 from ril_jax.errors import InputError
 
 _SUFFIXES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".parquet": "parquet"}
@@ -67,7 +68,7 @@ def import_questions(
     first_seen: dict[str, str] = {}
     num_images = num_rows = num_refused = 0
     with records.DatasetWriter(output, name=name or output.name, overwrite=overwrite) as writer:
-        for row, result in _map_in_threads(check_row, rows, num_threads or min(8, os.cpu_count() or 1)):
+        for row, result in map_in_threads(check_row, rows, num_threads=num_threads or min(8, os.cpu_count() or 1)):
             num_rows += 1
             here = f"{row.file}:{row.number}"
             if isinstance(result, Question) and result.id in first_seen:
@@ -93,23 +94,52 @@ def import_questions(
     return Summary(output, writer.count, num_images, num_refused, time.monotonic() - start)
 
 
-def read_rows(source: str | os.PathLike[str], split: str = "train") -> Iterator[Row]:
+def read_rows(
+    source: str | os.PathLike[str], split: str = "train", *, wanted: Callable[[int], bool] = lambda index: True
+) -> Iterator[Row]:
     """The rows of a JSONL or parquet file, of a folder of them (its subfolders too, by name), or of a TFDS folder.
 
-    What is wrong with one row becomes its `error`; InputError means that a file as a whole cannot be used.
+    Those at whose place among all rows, from 0, `wanted` is true; the others are passed over as cheaply as the form
+    allows. What is wrong with one row becomes its `error`; InputError means that a file as a whole cannot be used.
     """
+    source, files = _open(source)
+    if not files:
+        return _tfds_rows(source, split, wanted)
+    return _file_rows(files, source if source.is_dir() else source.parent, wanted)
+
+
+def count_rows(source: str | os.PathLike[str], split: str = "train") -> int:
+    """How many rows `read_rows` gives; raises as it does."""
+    source, files = _open(source)
+    if not files:
+        return len(records.RawExamples(source, split))
+    return sum(_count_parquet(path) if _is_parquet(path) else sum(1 for _ in _jsonl_lines(path)) for path in files)
+
+
+def input_files(source: str | os.PathLike[str]) -> list[Path]:
+    """The files that `read_rows` reads, in its order; not the images that they name."""
+    source, files = _open(source)
+    return files or sorted(path for path in source.iterdir() if path.is_file() and ".array_record" in path.name)
+
+
+# ---- reading
+
+
+def _open(source: str | os.PathLike[str]) -> tuple[Path, list[Path]]:
+    """The source, and its files; none where it is a TFDS data set."""
     source = Path(source)
     if not source.exists():
         raise InputError(f"{source} does not exist; name a .jsonl or .parquet file, or a folder of them")
     if source.is_dir() and records.is_tfds_folder(source):
-        return _tfds_rows(source, split)
+        return source, []
     files = _files_of(source) if source.is_dir() else [source]
     if files[0].suffix.lower() not in _SUFFIXES:
         raise InputError(f"{source} is neither .jsonl nor .parquet; convert it, or give it the suffix of what it holds")
-    return _file_rows(files, source if source.is_dir() else source.parent)
+    return source, files
 
 
-# ---- reading
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -124,7 +154,7 @@ def _files_of(folder: Path) -> list[Path]:
     return files
 
 
-def _file_rows(files: list[Path], root: Path) -> Iterator[Row]:
+def _file_rows(files: list[Path], root: Path, wanted: Callable[[int], bool]) -> Iterator[Row]:
     labels = [path.relative_to(root).with_suffix("").as_posix() for path in files]
     labels = [
         label if labels.count(label) == 1 else path.relative_to(root).as_posix()
@@ -132,10 +162,15 @@ def _file_rows(files: list[Path], root: Path) -> Iterator[Row]:
     ]
     sizes = [path.stat().st_size for path in files]
     total = max(1, sum(sizes))
+    index = -1
     for number, (path, label) in enumerate(zip(files, labels, strict=True)):
-        reader = _parquet_values if path.suffix.lower() == ".parquet" else _jsonl_values
+        reader = _parquet_values if _is_parquet(path) else _jsonl_values
         file = path.relative_to(root).as_posix()
-        for row_number, share, value in reader(path):
+        for row_number, share, read in reader(path):
+            index += 1
+            if not wanted(index):
+                continue
+            value = read()
             yield Row(
                 file=file,
                 number=row_number,
@@ -144,20 +179,30 @@ def _file_rows(files: list[Path], root: Path) -> Iterator[Row]:
                 progress=(sum(sizes[:number]) + sizes[number] * share) / total,
                 fields=value if isinstance(value, dict) else None,
                 error=value if isinstance(value, str) else "",
+                index=index,
             )
 
 
-def _jsonl_values(path: Path) -> Iterator[tuple[int, float, dict[str, Any] | str]]:
+_Value = dict[str, Any] | str  # of a row: its fields, or what is wrong with it
+
+
+def _jsonl_values(path: Path) -> Iterator[tuple[int, float, Callable[[], _Value]]]:
+    size = max(1, path.stat().st_size)
+    for number, done, line in _jsonl_lines(path):
+        yield number, done / size, functools.partial(_parse_line, line)
+
+
+def _jsonl_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(its number from 1, bytes read up to its end, the line) of every line that is not blank."""
     try:
         with open(path, "rb") as file:
-            size = max(1, os.fstat(file.fileno()).st_size)
             done = 0
             for number, line in enumerate(file, start=1):
                 done += len(line)
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")  # the byte-order mark that some editors write
                 if line.strip():
-                    yield number, done / size, _parse_line(line)
+                    yield number, done, line
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -176,30 +221,44 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
     return value
 
 
-def _parquet_values(path: Path) -> Iterator[tuple[int, float, dict[str, Any] | str]]:
+def _parquet_values(path: Path) -> Iterator[tuple[int, float, Callable[[], _Value]]]:
+    with _parquet_file(path) as file:
+        names = file.schema_arrow.names
+        if "prompt" not in names:
+            raise InputError(f"{path} has no column `prompt`, only {', '.join(names)}; rename the column that holds it")
+        total = file.metadata.num_rows
+        number = 0
+        for batch in file.iter_batches(batch_size=32):
+            rows = functools.cache(batch.to_pylist)
+            for i in range(batch.num_rows):
+                number += 1
+                yield number, number / total, functools.partial(_row_of, rows, i)
+
+
+def _row_of(rows: Callable[[], list[dict[str, Any]]], i: int) -> dict[str, Any]:
+    return rows()[i]
+
+
+def _count_parquet(path: Path) -> int:
+    with _parquet_file(path) as file:
+        return file.metadata.num_rows
+
+
+@contextlib.contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if "prompt" not in names:
-                raise InputError(
-                    f"{path} has no column `prompt`, only {', '.join(names)}; rename the column that holds it"
-                )
-            total = file.metadata.num_rows
-            number = 0
-            for batch in file.iter_batches(batch_size=32):
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield number, number / total, fields
+            yield file
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read as parquet ({_line(error)}); write or copy it again") from error
 
 
-def _tfds_rows(folder: Path, split: str) -> Iterator[Row]:
+def _tfds_rows(folder: Path, split: str, wanted: Callable[[int], bool]) -> Iterator[Row]:
     examples = records.RawExamples(folder, split)
-    for index in range(len(examples)):
+    for index in filter(wanted, range(len(examples))):
         fields = dict(examples[index])
         responses = fields.get("responses")
         if isinstance(responses, dict):  # TFDS keeps a sequence of structs as a struct of sequences
@@ -213,24 +272,11 @@ def _tfds_rows(folder: Path, split: str) -> Iterator[Row]:
             folder=folder,
             progress=(index + 1) / len(examples),
             fields=fields,
+            index=index,
         )
 
 
 # ---- running
-
-
-def _map_in_threads(check: Any, rows: Iterable[Row], num_threads: int) -> Iterator[tuple[Row, Question | Refusal]]:
-    """`check` of each row, in order, with at most a few rows a thread in memory."""
-    pending: deque[tuple[Row, Future[Question | Refusal]]] = deque()
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="check-rows") as pool:
-        for row in rows:
-            pending.append((row, pool.submit(check, row)))
-            if len(pending) >= 4 * num_threads:
-                row_done, future = pending.popleft()
-                yield row_done, future.result()
-        while pending:
-            row_done, future = pending.popleft()
-            yield row_done, future.result()
 
 
 class _Progress:

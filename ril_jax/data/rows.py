@@ -38,6 +38,7 @@ class Row:
     progress: float  # share of the input read up to here, 0 to 1
     fields: dict[str, Any] | None = None
     error: str = ""
+    index: int = 0  # its place among all rows of the input, from 0
 
 
 @dataclass(frozen=True)

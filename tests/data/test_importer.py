@@ -303,6 +303,24 @@ def test_parquet_as_hugging_face_writes_it(folder):
     assert (refusal["line"], refusal["reason"].split(";")[0]) == (2, "`answer` is empty")
 
 
+def test_rows_are_counted_and_can_be_read_in_part(tmp_path):
+    """JSONL with blank lines and a broken one, parquet and TFDS: the same rows under the same places, however read."""
+    folder = tmp_path / "in"
+    lines = [json.dumps({**GOOD, "id": "j0"}).encode(), b"", b"not JSON", json.dumps({**GOOD, "id": "j2"}).encode()]
+    write_jsonl(folder / "a.jsonl", lines)
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + (folder / "a.jsonl").read_bytes())
+    ids = [f"p{i}" for i in range(70)]
+    pq.write_table(pa.table({"id": ids, "prompt": ["p"] * 70, "solution": ["s"] * 70}), folder / "b.parquet")
+    write_dataset(tmp_path / "set", [Question(f"t{i}", "p", (), "1") for i in range(5)])
+    for source, count in ((folder, 73), (folder / "a.jsonl", 3), (folder / "b.parquet", 70), (tmp_path / "set", 5)):
+        rows = list(importer.read_rows(source))
+        assert importer.count_rows(source) == len(rows) == count
+        assert [row.index for row in rows] == list(range(count))
+        assert list(importer.read_rows(source, wanted=lambda i: i % 3 == 1)) == rows[1::3]
+    assert [path.name for path in importer.input_files(folder)] == ["a.jsonl", "b.parquet"]
+    assert [path.suffix for path in importer.input_files(tmp_path / "set")] == [".array_record-00000-of-00001"]
+
+
 def test_parquet_with_messages_paths_and_plain_bytes(folder):
     text = {"type": "text", "text": "which?"}
     prompt = [{"role": "user", "content": [{"type": "image", "text": None}, text]}]
