@@ -20,9 +20,9 @@ ROOT = Path(ril_jax.__file__).parent.parent
 BATCH = 4
 
 
-def small_config(**changes: Any) -> ConfigDict:
-    """configs/tiny.py with one-layer models and a few steps on a few questions; `changes` are dotted fields."""
-    c = cli.load_config(str(ROOT / "configs/tiny.py"))
+def small_config(file: str = "configs/tiny.py", **changes: Any) -> ConfigDict:
+    """An embedded default with one-layer models and a few steps on a few questions; `changes` are dotted fields."""
+    c = cli.load_config(str(ROOT / file))
     c.workers = 1
     c.arms = "ril"
     c.prepare.num_sft, c.prepare.num_questions, c.prepare.num_eval = 32, 12, 6
@@ -32,15 +32,15 @@ def small_config(**changes: Any) -> ConfigDict:
     with c.prepare.models.unlocked():
         for name in [n for n in c.prepare.models if n not in (student, *(f"teacher_{t}" for t in c.teachers))]:
             del c.prepare.models[name]
-    for name, model in c.prepare.models.items():
-        model.update(sizes | dict(base="" if name == student else student))
+    for model in c.prepare.models.values():
+        model.update(sizes | dict(base=student if model.base else ""))
         *others, last = model.phases
         with model.phases.unlocked():
             for phase in others:
                 del model.phases[phase]
         model.phases[last].update(dict(batch_size=BATCH, steps=2, num_examples=8, warmup_steps=0))
     patches = c.data.max_pixels // 14**2
-    c.data.vision_rungs = ((BATCH * patches, BATCH, patches),)
+    c.data.vision_rungs = ((BATCH * patches, BATCH, patches), (BATCH * 13,))
     c.sft.update({"batch_size": BATCH, "steps": 12})
     c.collect.update({"batch_size": BATCH, "num_generations": 4})
     c.discriminator.update({"batch_size": BATCH, "steps": 6})
