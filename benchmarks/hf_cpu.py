@@ -1,17 +1,19 @@
-"""Qwen2.5-VL on the CPU, ours against transformers': forward, forward + backward, and greedy generation.
+"""Qwen2.5-VL and InternVL on the CPU, ours against transformers': forward, forward + backward, greedy generation.
 
     python benchmarks/hf_cpu.py --size=tiny --size=small --repeats=15
+    python benchmarks/hf_cpu.py --size=internvl-300m --size=internvl-6b --repeats=15
 
 Method. Both sides run in this one process, in float32, on the same random weights (transformers writes a folder, we
 load it) and the same prompts, a batch of rows `[<vision> image </vision> text]` of one length; sizes stand in
-hf_dims.json. Both use all cores that the process may use (torch.set_num_threads, and XLA's own pool). transformers
-runs as it comes: eager, its default attention (sdpa), default cache. Ours includes packing the prompts on the host,
-theirs does not include making its tensors. The loss is over the text tokens; each side does it its own way
+hf_dims.json (tiny and small are Qwen2.5-VL; internvl-300m and -6b have an InternViT of that kind, in the size of tiny,
+and images of several tiles). Both use all cores that the process may use (torch.set_num_threads, and XLA's own pool).
+transformers runs as it comes: eager, its default attention (sdpa), default cache. Ours includes packing the prompts on
+the host, theirs does not include making its tensors. The loss is over the text tokens; each side does it its own way
 (transformers through the logits of every token). Compilation is not counted; it happens before the first repeat. The
-two sides alternate, so that a busy machine slows both; the ratio is of their medians, with that of their minima
-beside it (what is left when nothing else ran). Every measurement asserts that the results agree: logits, loss and
-each gradient, tokens. On a machine that is never quiet, --clock=cpu under `taskset -c 0` gives the processor time of
-one core instead: it counts no waiting, on others or between threads.
+two sides alternate, so that a busy machine slows both; the ratio is of their medians, with that of their minima beside
+it (what is left when nothing else ran). Every measurement asserts that the results agree: logits, loss and each
+gradient, tokens. On a machine that is never quiet, --clock=cpu under `taskset -c 0` gives the processor time of one
+core instead: it counts no waiting, on others or between threads.
 """
 
 import argparse
@@ -30,9 +32,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
-from ril_jax.data.packing import VisionRung, pack_prompts
+from ril_jax.data.packing import TileRung, VisionRung, pack_prompts
 from ril_jax.models.config import ModelConfig
 from ril_jax.models.hub import load_params
 from ril_jax.models.hub_names import hub_name
@@ -50,11 +57,34 @@ class Image:
     patches: np.ndarray
     grid: tuple[int, int, int]
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.patches) // 4
+
+
+@dataclasses.dataclass
+class Tiles:
+    pixels: np.ndarray  # [tiles, 3, side, side]
+
+    @property
+    def patches(self) -> np.ndarray:
+        tiles, channels, side, _ = self.pixels.shape
+        cut = self.pixels.reshape(tiles, channels, side // 14, 14, side // 14, 14)
+        return np.einsum("tcipjq->tijcpq", cut).reshape(tiles, -1, channels * 14 * 14)
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_tiles * (self.pixels.shape[-1] // 28) ** 2
+
 
 @dataclasses.dataclass
 class Prompt:
     token_ids: np.ndarray
-    images: tuple[Image, ...]
+    images: tuple[Image | Tiles, ...]
 
 
 class Theirs:
@@ -62,7 +92,9 @@ class Theirs:
 
     def __init__(self, dims: dict, prompts: list[Prompt], folder: Path):
         torch.manual_seed(0)
-        self.model = Qwen2_5_VLForConditionalGeneration(hf_config(dims)).eval()
+        self.tiled = "tiles" in dims
+        kind = InternVLForConditionalGeneration if self.tiled else Qwen2_5_VLForConditionalGeneration
+        self.model = kind(hf_config(dims)).eval()
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.ndim > 1:
@@ -70,27 +102,31 @@ class Theirs:
         self.model.save_pretrained(folder)
         ids = torch.tensor(np.stack([p.token_ids for p in prompts])).long()
         images = [im for p in prompts for im in p.images]
-        self.inputs = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == dims["image_token_id"]).long(),
-            "pixel_values": torch.tensor(np.concatenate([im.patches for im in images])),
-            "image_grid_thw": torch.tensor([im.grid for im in images]),
-        }
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.tiled:
+            self.inputs["pixel_values"] = torch.tensor(np.concatenate([im.pixels for im in images]))
+        else:
+            self.inputs["pixel_values"] = torch.tensor(np.concatenate([im.patches for im in images]))
+            self.inputs["image_grid_thw"] = torch.tensor([im.grid for im in images])
+            self.inputs["mm_token_type_ids"] = (ids == dims["image_token_id"]).long()
         self.labels = torch.where(ids >= dims["image_token_id"], -100, ids)
         self.new_tokens = dims["new_tokens"]
 
     def forward(self):
-        self.model.model.rope_deltas = None
+        self.forget()
         with torch.no_grad():
             return self.model(**self.inputs).logits.numpy()
 
     def backward(self):
-        self.model.model.rope_deltas = None
+        self.forget()
         self.model.zero_grad(set_to_none=True)
         loss = self.model(**self.inputs, labels=self.labels, use_cache=False).loss
         loss.backward()
         return loss.item()
+
+    def forget(self):
+        if not self.tiled:
+            self.model.model.rope_deltas = None  # state of Qwen2.5-VL that survives a call
 
     def gradients(self):
         return {hub_name(name): parameter.grad.numpy() for name, parameter in self.model.named_parameters()}
@@ -114,11 +150,7 @@ class Ours:
         self.network = Network(lambda: VisionLanguageModel(self.config))
         self.params = load_params(folder, self.network)
         self.prompts, self.num_text, self.new_tokens = prompts, dims["n_text"], dims["new_tokens"]
-        patches = len(prompts[0].images[0].patches)
-        window = (self.config.vision.window_size // self.config.vision.patch_size) ** 2
-        count, size = len(prompts), min(window, patches)
-        # The bucket of exactly these images, as a run over images of one size would configure it.
-        self.rung = VisionRung(patches * count, count, patches, windows=patches * count // size, window_patches=size)
+        self.rung = exact_rung(prompts, self.config)
         self.sampler = Sampler(self.network, eos_token_ids=(-1,), pad_token_id=0, unroll=self.unroll)
         self._forward = jax.jit(self._logits)
         self._backward = jax.jit(jax.value_and_grad(self._loss))
@@ -171,12 +203,28 @@ class Ours:
         return sft_loss(logprobs, jnp.ones_like(targets_n, bool))
 
 
-def hf_config(dims: dict) -> Qwen2_5_VLConfig:
+def exact_rung(prompts: list[Prompt], config: ModelConfig) -> VisionRung | TileRung:
+    """The bucket of exactly these images, as a run over images of one size would configure it."""
+    count, image = len(prompts), prompts[0].images[0]
+    if isinstance(image, Tiles):
+        return TileRung(image.num_tiles * count)
+    patches = len(image.patches)
+    size = min((config.vision.window_size // config.vision.patch_size) ** 2, patches)
+    return VisionRung(patches * count, count, patches, windows=patches * count // size, window_patches=size)
+
+
+def hf_config(dims: dict) -> Qwen2_5_VLConfig | InternVLConfig:
     text = dict(dims["text"])
-    theta, section, tie = text.pop("rope_theta"), text.pop("mrope_section"), text.pop("tie")
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, "mrope_section": section}
+    theta, tie = text.pop("rope_theta"), text.pop("tie")
     text |= {"bos_token_id": 0, "eos_token_id": 1}
     tokens = {key: value for key, value in dims.items() if key.endswith("_token_id")}
+    if "tiles" in dims:
+        rope = {"rope_type": "dynamic", "factor": text.pop("rope_dynamic_factor"), "rope_theta": theta}
+        text |= {"model_type": "qwen2", "tie_word_embeddings": tie, "rope_parameters": rope}
+        return InternVLConfig(text_config=text, vision_config=dims["vision"], tie_word_embeddings=tie, **tokens)
+    text["rope_parameters"] = {
+        "rope_type": "default", "rope_theta": theta, "mrope_section": text.pop("mrope_section")
+    }  # fmt: skip
     return Qwen2_5_VLConfig(
         text_config=text | {"tie_word_embeddings": tie},
         vision_config=dims["vision"] | {"out_hidden_size": text["hidden_size"]},
@@ -186,14 +234,22 @@ def hf_config(dims: dict) -> Qwen2_5_VLConfig:
 
 def make_prompts(dims: dict) -> list[Prompt]:
     rng = np.random.default_rng(0)
-    h, w = (side // dims["vision"]["patch_size"] for side in dims["image_hw"])
     prompts = []
     for _ in range(dims["batch"]):
-        image = Image(rng.normal(size=(h * w, 3 * 2 * 14 * 14)).astype(np.float32), (1, h, w))
-        vision = [dims["vision_start_token_id"], *[dims["image_token_id"]] * (h * w // 4), dims["vision_end_token_id"]]
+        image = make_image(dims, rng)
+        placeholders = [dims["image_token_id"]] * image.num_tokens
+        vision = [dims["vision_start_token_id"], *placeholders, dims["vision_end_token_id"]]
         text = rng.integers(10, dims["image_token_id"], dims["n_text"])
         prompts.append(Prompt(np.array([*vision, *text], np.int32), (image,)))
     return prompts
+
+
+def make_image(dims: dict, rng: np.random.Generator) -> Image | Tiles:
+    if "tiles" in dims:
+        side = dims["tile_size"]
+        return Tiles(rng.normal(size=(dims["tiles"], 3, side, side)).astype(np.float32))
+    h, w = (side // dims["vision"]["patch_size"] for side in dims["image_hw"])
+    return Image(rng.normal(size=(h * w, 3 * 2 * 14 * 14)).astype(np.float32), (1, h, w))
 
 
 def check_gradients(ours: Ours, theirs: Theirs) -> None:
@@ -238,7 +294,8 @@ def row(size: str, part: str, seconds) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", action="append", choices=("tiny", "small"))
+    all_dims = json.loads((Path(__file__).parent / "hf_dims.json").read_text())
+    parser.add_argument("--size", action="append", choices=tuple(all_dims))
     parser.add_argument("--part", action="append", choices=PARTS)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--layers", choices=("unrolled", "scanned"), default="unrolled", help="how ours are compiled")
@@ -247,11 +304,10 @@ def main() -> None:
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
-    all_dims = json.loads((Path(__file__).parent / "hf_dims.json").read_text())
     print(f"{cores} cores, {args.clock} time, torch {torch.__version__}, jax {jax.__version__}")
     print("| size | part | ours, ms: median (min-max) | transformers, ms | ratio of medians | of minima |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for size in args.size or ("tiny", "small"):
+    for size in args.size or all_dims:
         prompts = make_prompts(all_dims[size])
         with tempfile.TemporaryDirectory() as folder:
             theirs = Theirs(all_dims[size], prompts, Path(folder))
