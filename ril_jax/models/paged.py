@@ -77,9 +77,9 @@ def run_chunk(text: Qwen2, x, positions, pool: PagePool, tables, start, length, 
 
 
 def paged_attention(q, pool: PagePool, tables, at, context, *, block: int):
-    """Causal attention of each row's queries to its own pages, block after block, with a running softmax.
+    """Causal attention of each row's queries to its own pages, block by block, in plain XLA.
 
-    The number of blocks is that of the longest row; for shorter rows a further block changes not one bit.
+    What a row gets does not depend, not by one bit, on the other rows and how much they hold.
 
     Args:
       q: [B, C, N, H]. tables: [B, M] pages of this layer. at: [B, C] place of each query in its text.
@@ -87,6 +87,60 @@ def paged_attention(q, pool: PagePool, tables, at, context, *, block: int):
 
     Returns: [B, C, N, H]; finite values without meaning where a query has nothing to see.
     """
+    if q.shape[1] == 1:  # the query stands at the end of its row
+        return _attention_of_last(q[:, 0], pool, tables, context, block=block)[:, None]
+    return _attention_of_chunks(q, pool, tables, at, context, block=block)
+
+
+def _attention_of_last(q, pool: PagePool, tables, context, *, block: int):
+    """Attention of one query a row to the whole row: [B, N, H], zeros where a row is empty.
+
+    Rows of any lengths take no more work than their blocks: all rows' blocks stand in one list, as many as there are
+    rows are done at a time, each by itself, and every row then puts the results of its own together.
+    """
+    B, N, H = q.shape
+    K, _, page_size, _ = pool.k.shape
+    pages = max(1, block // page_size)
+    width = pages * page_size
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages))).reshape(B, -1, pages)
+    most = tables.shape[1]
+    count = (context + width - 1) // width  # blocks of each row
+    ends = jnp.cumsum(count)
+    listed = jnp.arange(B * most)
+    row = jnp.minimum(jnp.sum(ends[None] <= listed[:, None], axis=1), B - 1)
+    number = jnp.clip(listed - (ends - count)[row], 0, most - 1)
+    q = (q * (H**-0.5)).reshape(B, K, N // K, H)
+
+    def step(i, carry):
+        rows, numbers = (jax.lax.dynamic_slice_in_dim(a, i * B, B) for a in (row, number))
+        k, v = (jnp.take(p, tables[rows, numbers], axis=1) for p in pool)  # [K, B, pages, page, H]
+        scores = jnp.einsum("bkgh,kbpth->bkgpt", q[rows], k.astype(q.dtype), preferred_element_type=jnp.float32)
+        place = numbers[:, None] * width + jnp.arange(width)
+        seen = (place < context[rows][:, None]).reshape(B, 1, 1, pages, page_size)
+        scores = jnp.where(seen, scores, _MASKED)
+        top = scores.max(axis=(-2, -1))
+        weights = jnp.exp(scores - top[..., None, None])
+        out = jnp.einsum(
+            "bkgpt,kbpth->bkgh", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
+        )
+        new = (top, weights.sum(axis=(-2, -1)), out)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(a, n, i * B, 0) for a, n in zip(carry, new, strict=True))
+
+    shape = (B * most, K, N // K)
+    carry = (jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, H), jnp.float32))
+    top, total, out = jax.lax.fori_loop(0, (ends[-1] + B - 1) // B, step, carry)
+    own = jnp.minimum((ends - count)[:, None] + jnp.arange(most), B * most - 1)  # [B, most] in the list
+    real = (jnp.arange(most) < count[:, None])[:, :, None, None]
+    top = jnp.where(real, top[own], _MASKED)
+    scale = jnp.where(real, jnp.exp(top - top.max(axis=1, keepdims=True)), 0.0)
+    total = jnp.sum(total[own] * scale, axis=1)
+    out = jnp.sum(out[own] * scale[..., None], axis=1) / jnp.maximum(total, 1e-30)[..., None]
+    return out.reshape(B, N, H).astype(q.dtype)
+
+
+def _attention_of_chunks(q, pool: PagePool, tables, at, context, *, block: int):
+    """Attention with a running softmax over the blocks of the longest row; for shorter rows a further block changes
+    nothing."""
     B, C, N, H = q.shape
     K, _, page_size, _ = pool.k.shape
     pages = max(1, block // page_size)

@@ -130,7 +130,9 @@ def image_rungs(config: ModelConfig, rows: int) -> list[Rung]:
     if isinstance(config.vision, InternVisionConfig):
         rungs = [TileRung(2**i) for i in range(rows.bit_length())]
     else:
-        # A full window holds 64 patches, those at the edges fewer; a narrow image has edge windows only.
+        # An image of so many patches has the most windows where it is as narrow as can be, one merge group wide.
+        side = config.vision.window_size // config.vision.patch_size
+        narrow = config.vision.spatial_merge_size * side
         sizes = [256 * 2**i for i in range(rows.bit_length())]
-        rungs = [VisionRung(size, 1, size, windows=size // 8) for size in sizes]
+        rungs = [VisionRung(size, 1, size, windows=-(-size // narrow)) for size in sizes]
     return [rung for rung in rungs if rung.num_features(config.vision) <= rows]

@@ -90,10 +90,19 @@ def choose_row_tokens(logits, seen, keys, steps, params: RowParams, *, filtered:
     greedy = jnp.argmax(logits, axis=-1)
     scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
     if filtered:
-        scaled = jnp.where(scaled >= _thresholds(scaled, params)[:, None], scaled, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in)(keys, steps)
-    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
-    return jnp.where(params.temperature > 0, drawn, greedy).astype(jnp.int32)
+        least = jax.lax.cond(
+            jnp.any((params.temperature > 0) & ((params.top_k > 0) | (params.top_p < 1.0))),
+            lambda: _thresholds(scaled, params),
+            lambda: jnp.full(scaled.shape[:1], -jnp.inf),
+        )
+        scaled = jnp.where(scaled >= least[:, None], scaled, -jnp.inf)
+
+    def draw():
+        drawn = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in)(keys, steps), scaled)
+        return jnp.where(params.temperature > 0, drawn, greedy).astype(jnp.int32)
+
+    # Random numbers for the whole vocabulary cost as much as a layer: none are made where all rows are greedy.
+    return jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy.astype(jnp.int32))
 
 
 def _thresholds(logits, params: RowParams):
