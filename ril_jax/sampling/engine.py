@@ -85,6 +85,7 @@ class Engine:
         self._reserved = 0  # pages that are kept for the first samples of requests that are begun
         self._short_of_pages = False
         self._any_cancelled = False
+        self._asleep = False
         self._most_begun = 2 * self.shapes.slots
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -108,8 +109,8 @@ class Engine:
 
         Raises InputError where it can never run, and RuntimeError where the engine has failed or is closed.
         """
-        if self.failure:
-            raise RuntimeError(self.failure)
+        if self.failure or self._asleep:
+            raise RuntimeError(self.failure or "the engine sleeps; give it weights with set_params")
         job = self._prepare(request, notify)
         self._post(lambda: self._queue.append(job), new=True)
         return job
@@ -134,11 +135,25 @@ class Engine:
     def set_params(self, params: Params) -> None:
         """Take new weights (the arrays themselves, no copy) and forget everything that the old ones computed.
 
+        An engine that sleeps wakes up. Raises RuntimeError while requests are running.
+        """
+        self._forget()
+        self.params = params
+        if self._asleep:
+            self._state, self._asleep = self.programs.new_state(), False
+
+    def sleep(self) -> None:
+        """Give back the memory of the cache, and let go of the weights, until `set_params`.
+
         Raises RuntimeError while requests are running.
         """
+        self._forget()
+        self._asleep = True
+        del self._state, self.params
+
+    def _forget(self) -> None:
         if self.num_running or self.num_waiting:
-            raise RuntimeError("the engine is busy; take new weights when its requests are done")
-        self.params = params
+            raise RuntimeError("the engine is busy; take or leave weights when its requests are done")
         self._cache.clear()
         self._features.clear()
 
@@ -160,6 +175,8 @@ class Engine:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes of the weights, the cache's pages and the image features, over all devices."""
+        if self._asleep:
+            return {"weights": 0, "cache": 0, "image features": 0}
         parts = {"weights": self.params, "cache": self._state.pool, "image features": self._state.features}
         return {name: sum(leaf.nbytes for leaf in jax.tree.leaves(part)) for name, part in parts.items()}
 

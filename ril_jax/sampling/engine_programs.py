@@ -142,11 +142,14 @@ class EnginePrograms:
 
     def new_state(self) -> EngineState:
         """An empty cache."""
+        return self._zeros()
 
-        def zeros(leaf):
-            return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=leaf.sharding)()
-
-        return jax.tree.map(zeros, self.abstract_state())
+    @functools.cached_property
+    def _zeros(self):
+        abstract = self.abstract_state()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        make = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)  # noqa: E731
+        return jax.jit(make, out_shardings=shardings)
 
     def abstract_state(self) -> Any:
         """Shapes and shardings of an `EngineState`: pages by key-value heads over `tensor`, the rest replicated."""

@@ -87,22 +87,45 @@ def choose_row_tokens(logits, seen, keys, steps, params: RowParams, *, filtered:
     if filtered:
         penalty = params.repetition_penalty[:, None]
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    greedy = jnp.argmax(logits, axis=-1)
-    scaled = logits / jnp.where(params.temperature > 0, params.temperature, 1.0)[:, None]
+    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # what greedy rows get
+    drawing = params.temperature > 0
+    scaled = logits / jnp.where(drawing, params.temperature, 1.0)[:, None]
+    keys = jax.vmap(jax.random.fold_in)(keys, steps)
+    from_all = drawing
     if filtered:
-        least = jax.lax.cond(
-            jnp.any((params.temperature > 0) & ((params.top_k > 0) | (params.top_p < 1.0))),
-            lambda: _thresholds(scaled, params),
-            lambda: jnp.full(scaled.shape[:1], -jnp.inf),
-        )
-        scaled = jnp.where(scaled >= least[:, None], scaled, -jnp.inf)
+        few = drawing & (params.top_k > 0) & (params.top_k <= min(_FEW, logits.shape[-1]))
+        from_all = drawing & ~few
+        drawn = jax.lax.cond(jnp.any(few), lambda: _draw_from_few(scaled, keys, params), lambda: tokens)
+        tokens = jnp.where(few, drawn, tokens)
 
     def draw():
-        drawn = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in)(keys, steps), scaled)
-        return jnp.where(params.temperature > 0, drawn, greedy).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, _filtered(scaled, params, from_all) if filtered else scaled)
 
-    # Random numbers for the whole vocabulary cost as much as a layer: none are made where all rows are greedy.
-    return jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy.astype(jnp.int32))
+    # Random numbers for the whole vocabulary cost as much as a layer: none are made where no row needs them.
+    drawn = jax.lax.cond(jnp.any(from_all), lambda: draw().astype(jnp.int32), lambda: tokens)
+    return jnp.where(from_all, drawn, tokens)
+
+
+_FEW = 128  # candidates up to which the vocabulary is not sorted
+
+
+def _draw_from_few(logits, keys, params: RowParams):
+    """[B] int32: one of each row's `top_k` best tokens, top_p among them; for rows whose top_k is 1 to `_FEW`."""
+    best, order = jax.lax.top_k(logits, min(_FEW, logits.shape[-1]))
+    best = jnp.where(jnp.arange(best.shape[-1]) < params.top_k[:, None], best, -jnp.inf)
+    probs = jax.nn.softmax(best, axis=-1)
+    inside = jnp.cumsum(probs, axis=-1) - probs < params.top_p[:, None]
+    choice = jax.vmap(jax.random.categorical)(keys, jnp.where(inside, best, -jnp.inf))
+    return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def _filtered(logits, params: RowParams, rows):
+    """The logits [B, V] with -inf where top-k and top-p leave a token out; `rows` [B] are those that count."""
+    filters = rows & ((params.top_k > 0) | (params.top_p < 1.0))
+    least = jax.lax.cond(
+        jnp.any(filters), lambda: _thresholds(logits, params), lambda: jnp.full(logits.shape[:1], -jnp.inf)
+    )
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
 def _thresholds(logits, params: RowParams):

@@ -21,7 +21,7 @@ from ril_jax.data.packing import VisionRung, pack_prompts
 from ril_jax.models.hub import load_params
 from ril_jax.models.parameters import Network
 from ril_jax.models.vlm import VisionLanguageModel
-from ril_jax.sampling.logits import SamplingParams, choose_tokens, filter_logits
+from ril_jax.sampling.logits import RowParams, SamplingParams, choose_row_tokens, choose_tokens, filter_logits
 from ril_jax.sampling.sampler import Sampler
 
 BATCH, PROMPT_LEN, MAX_TOKENS, NUM_SAMPLES = 4, 64, 20, 3
@@ -275,6 +275,35 @@ def test_drawn_frequencies_follow_the_filtered_distribution():
     expected = hf_probabilities(logits, seen_ids, params)[0]
     assert np.all(np.abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1e-9)
     assert np.count_nonzero(expected) > 5
+
+
+@pytest.mark.parametrize("top_k", [3, 150, 0], ids=["few", "many", "all"])
+def test_rows_of_one_batch_are_drawn_each_by_its_own_filters(top_k):
+    """10,000 draws of each row, beside a greedy one and one without filters."""
+    mine = SamplingParams(temperature=0.9, top_k=top_k, top_p=0.9, repetition_penalty=1.2)
+    rows, n = [SamplingParams(temperature=0.0, top_k=5), mine, SamplingParams(temperature=1.7)], 10_000
+    logits, seen, seen_ids = random_logits(num_rows=len(rows))
+    params = RowParams(*(jnp.asarray([getattr(row, name) for row in rows]) for name in RowParams._fields))
+    keys = jax.random.split(jax.random.PRNGKey(0), (n, len(rows)))
+    draw = jax.jit(
+        jax.vmap(lambda keys: choose_row_tokens(logits, seen, keys, jnp.full((len(rows),), 5), params, filtered=True))
+    )
+    tokens = np.asarray(draw(keys))
+    assert (tokens[:, 0] == logits[0].argmax()).all()
+    for r in (1, 2):
+        frequencies = np.bincount(tokens[:, r], minlength=logits.shape[1]) / n
+        expected = hf_probabilities(logits[[r]], seen_ids[[r]], rows[r])[0]
+        assert np.all(np.abs(frequencies - expected) <= 5 * np.sqrt(expected * (1 - expected) / n) + 1e-9)
+    alone = jnp.asarray([1])
+    one = jax.jit(
+        jax.vmap(
+            lambda keys: choose_row_tokens(
+                logits[alone], seen[alone], keys[alone], jnp.full((1,), 5), jax.tree.map(lambda a: a[alone], params),
+                filtered=True,
+            )
+        )
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(one(keys[:200]))[:, 0], tokens[:200, 1])
 
 
 def test_every_step_draws_anew():
