@@ -128,6 +128,7 @@ def default_config() -> ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1  # -1: all that is left
     c.mesh.tensor = 1
+    c.attention = "auto"  # "auto": Pallas kernels on TPUs, plain XLA elsewhere; "xla" or "pallas" everywhere
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 50  # steps
@@ -146,6 +147,7 @@ def serving_config() -> ConfigDict:
     c.checkpoint = ""  # a Hugging Face folder or a hub id
     c.dtype = "bfloat16"
     c.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": -1})
+    c.attention = "auto"  # "auto": Pallas kernels on TPUs, plain XLA elsewhere; "xla" or "pallas" everywhere
     c.min_pixels, c.max_pixels, c.max_tiles = 0, 0, 0  # of an image; 0 for the checkpoint's own
     c.seed = 0
     c.engine = engine_config()
@@ -177,8 +179,14 @@ def serving_config() -> ConfigDict:
     c.generate.num_generations = 16  # [P] responses a question
     c.generate.model_name = ""  # what the responses are filed under; "" for the checkpoint's name
     c.generate.base_url = ""  # an OpenAI-compatible endpoint that samples instead of a local engine
+    c.generate.endpoint_model = ""  # which of its models; "" for its only one
     c.generate.api_key_env = ""
-    c.generate.concurrency = 64  # questions in flight
+    c.generate.concurrency = 64  # questions with the local engine, or requests with the endpoint, at a time
+    c.generate.connect_timeout = 10.0  # seconds, of the endpoint; so are the next two
+    c.generate.read_timeout = 600.0  # for a whole response
+    c.generate.max_wait = 120.0  # longest pause between two tries
+    c.generate.retries = 8  # failures of a request, with others answered in between, before its question has failed
+    c.generate.threads = 8  # that decode images and tokenize prompts
     c.generate.questions_per_shard = 256  # of an output file, which appears when it is whole
     return c
 
@@ -312,6 +320,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "ril.scale_rewards", ("none", "std"))
     _choice(config, "reward.judge.kind", ("rules", "openai", "engine", "none"))
     _choice(config, "student.dtype", ("bfloat16", "float32"))
+    _choice(config, "attention", ("auto", "xla", "pallas"))
     _validate_rungs(config)
     for model in ("student", *(f"teachers.{name}" for name in config.teachers)):
         _choice(config, f"{model}.remat", ("none", "full", "dots"))

@@ -116,6 +116,23 @@ def count_rows(source: str | os.PathLike[str], split: str = "train") -> int:
     return sum(_count_parquet(path) if _is_parquet(path) else sum(1 for _ in _jsonl_lines(path)) for path in files)
 
 
+def repeated_ids(source: str | os.PathLike[str], split: str = "train") -> dict[int, str]:
+    """Of rows whose id stands in an earlier row: their places among all rows, and the id.
+
+    None of a TFDS data set, which was checked when it was written. Raises as `read_rows` does.
+    """
+    source, files = _open(source)
+    seen: set[str] = set()
+    repeated: dict[int, str] = {}
+    root = source if source.is_dir() else source.parent
+    for row in _file_rows(files, root, lambda index: True, only="id") if files else ():
+        id_ = str((row.fields or {}).get("id", row.default_id))
+        if id_ in seen:
+            repeated[row.index] = id_
+        seen.add(id_)
+    return repeated
+
+
 def input_files(source: str | os.PathLike[str]) -> list[Path]:
     """The files that `read_rows` reads, in its order; not the images that they name."""
     source, files = _open(source)
@@ -154,7 +171,10 @@ def _files_of(folder: Path) -> list[Path]:
     return files
 
 
-def _file_rows(files: list[Path], root: Path, wanted: Callable[[int], bool]) -> Iterator[Row]:
+def _file_rows(
+    files: list[Path], root: Path, wanted: Callable[[int], bool], *, only: str | None = None
+) -> Iterator[Row]:
+    """only: a column; where the form allows it, the others are not read."""
     labels = [path.relative_to(root).with_suffix("").as_posix() for path in files]
     labels = [
         label if labels.count(label) == 1 else path.relative_to(root).as_posix()
@@ -164,7 +184,7 @@ def _file_rows(files: list[Path], root: Path, wanted: Callable[[int], bool]) -> 
     total = max(1, sum(sizes))
     index = -1
     for number, (path, label) in enumerate(zip(files, labels, strict=True)):
-        reader = _parquet_values if _is_parquet(path) else _jsonl_values
+        reader = functools.partial(_parquet_values, only=only) if _is_parquet(path) else _jsonl_values
         file = path.relative_to(root).as_posix()
         for row_number, share, read in reader(path):
             index += 1
@@ -221,14 +241,15 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
     return value
 
 
-def _parquet_values(path: Path) -> Iterator[tuple[int, float, Callable[[], _Value]]]:
+def _parquet_values(path: Path, only: str | None = None) -> Iterator[tuple[int, float, Callable[[], _Value]]]:
     with _parquet_file(path) as file:
         names = file.schema_arrow.names
         if "prompt" not in names:
             raise InputError(f"{path} has no column `prompt`, only {', '.join(names)}; rename the column that holds it")
         total = file.metadata.num_rows
         number = 0
-        for batch in file.iter_batches(batch_size=32):
+        columns = None if only is None else [only if only in names else names[0]]
+        for batch in file.iter_batches(batch_size=32, columns=columns):
             rows = functools.cache(batch.to_pylist)
             for i in range(batch.num_rows):
                 number += 1
