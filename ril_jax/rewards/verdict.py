@@ -50,9 +50,9 @@ def judge_messages(item: JudgeItem) -> list[dict[str, str]]:
         "<answer>1</answer> if the response is right, <answer>0</answer> if it is not."
     )
     user = (
-        f"<question>\n{_neutral(item.question)}\n</question>\n\n"
-        f"<ground_truth>\n{_neutral(item.solution)}\n</ground_truth>\n\n"
-        f"<{tag}>\n{_neutral(item.response)}\n</{tag}>\n\n"
+        f"<question>\n{neutral(item.question)}\n</question>\n\n"
+        f"<ground_truth>\n{neutral(item.solution)}\n</ground_truth>\n\n"
+        f"<{tag}>\n{neutral(item.response)}\n</{tag}>\n\n"
         "Is the response right? Explain briefly, then give the score."
     )
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
@@ -75,7 +75,8 @@ def parse_verdict(text: str) -> Verdict:
     return Verdict(float(content.strip() == "1"), explanation)
 
 
-def _neutral(text: str) -> str:
+def neutral(text: str) -> str:
+    """The text with lookalikes for its angle brackets, so that nothing in it is a tag or a token of a template."""
     # All of them and not only known tags: a chat template's tokens (<|im_end|>, <s>) differ from judge to judge.
     # Half of a surrogate pair, which a byte-level decoder may leave behind, cannot be sent as UTF-8.
     return text.encode("utf-8", "replace").decode().translate(_LOOKALIKES)
