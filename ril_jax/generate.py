@@ -11,25 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from ril_jax import cli
 from ril_jax.data.importer import count_rows, input_files, read_rows, repeated_ids
-from ril_jax.data.merge import part_name
+from ril_jax.data.merge import parse_shard, part_name
 from ril_jax.data.rows import Row
 from ril_jax.errors import InputError
 from ril_jax.generation.folder import JobFolder
 from ril_jax.generation.job import REPEATED, run_job
-from ril_jax.generation.outcomes import ResponseSource
+from ril_jax.generation.sources import open_source
 from ril_jax.generation.summary import summary_of_folder
-from ril_jax.models.digest import checkpoint_digest, file_ends
+from ril_jax.models.digest import file_ends
 
 FLAGS = (
     cli.Flag("input", help="questions: a data set, a .jsonl or .parquet file, or a folder of such"),
@@ -63,7 +61,7 @@ def main(args: SimpleNamespace) -> int:
             yield row.index // count, row
 
     with contextlib.ExitStack() as stack:
-        name, fields, begin = _source(config, stack)
+        name, fields, begin = open_source(config, stack, _tell)
         fingerprint = {
             "input": _input_digest(args.input, args.split), "shard": f"{number}/{count}", "rows": num_rows,
             "model_name": name, "seed": config.seed, "num_generations": config.generate.num_generations,
@@ -88,16 +86,6 @@ def main(args: SimpleNamespace) -> int:
     return 0
 
 
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """(i, n) of "i/n"; (0, 1) for none. Raises InputError for anything else."""
-    if not text:
-        return 0, 1
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None or not int(match[1]) < int(match[2]):
-        raise InputError(f"--shard={text} is no part: write i/n, with i from 0 to n - 1, such as 0/4")
-    return int(match[1]), int(match[2])
-
-
 def _check(config: ConfigDict) -> None:
     for field in ("num_generations", "concurrency", "questions_per_shard", "threads"):
         if config.generate[field] < 1:
@@ -106,52 +94,12 @@ def _check(config: ConfigDict) -> None:
         raise InputError("config.sampling.max_completion_length must be 1 or more")
 
 
-def _source(
-    config: ConfigDict, stack: contextlib.ExitStack
-) -> tuple[str, dict[str, Any], Callable[[], ResponseSource]]:
-    """Name of the model, what its responses depend on besides the sampling, and how to begin."""
-    if config.generate.base_url:
-        from ril_jax.generation.endpoint_source import EndpointSource
-
-        source = EndpointSource(config, notify=_tell)
-        stack.callback(source.close)
-        return source.name, {"endpoint_model": source.model}, lambda: source
-    if not config.checkpoint:
-        raise InputError(
-            "config.checkpoint is empty; name a Hugging Face folder or a hub id, or an endpoint in "
-            "config.generate.base_url"
-        )
-    from ril_jax.generation.engine_source import EngineSource, engine_fields
-    from ril_jax.models import hub
-
-    folder = hub.resolve(config.checkpoint)
-    name = config.generate.model_name or str(config.checkpoint).rstrip("/").rsplit("/", 1)[-1].partition("@")[0]
-
-    def begin() -> ResponseSource:
-        from ril_jax.compilation import enable_persistent_cache
-        from ril_jax.sampling.local import load_engine
-        from ril_jax.training.progress import of_bytes
-
-        enable_persistent_cache()
-        config.checkpoint = str(folder)
-        model, engine = load_engine(config, progress=_compiling, loading=of_bytes(f"load {name}"))
-        source = EngineSource(engine, model.chat, config, name=name)
-        stack.callback(source.close)
-        return source
-
-    return name, engine_fields(config, checkpoint_digest(folder)), begin
-
-
 def _input_digest(source: str, split: str) -> str:
     """What tells one input from another: names, sizes and both ends of its files."""
     state = hashlib.blake2b(split.encode(), digest_size=8)
     for path in input_files(source):
         state.update(f"{path.name}\0{path.stat().st_size}\0".encode() + file_ends(path, 1 << 16))
     return state.hexdigest()
-
-
-def _compiling(name: str, i: int, total: int) -> None:
-    _tell(f"program {i + 1} of {total}: {name}")
 
 
 def _tell(line: str) -> None:

@@ -74,6 +74,16 @@ def part_name(number: int, count: int) -> str:
     return f"shard-{number:05d}-of-{count:05d}"
 
 
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """(i, n) of "i/n"; (0, 1) for none. Raises InputError for anything else."""
+    if not text:
+        return 0, 1
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not int(match[1]) < int(match[2]):
+        raise InputError(f"--shard={text} is no part: write i/n, with i from 0 to n - 1, such as 0/4")
+    return int(match[1]), int(match[2])
+
+
 def _open_finished(folder: Path) -> QuestionDataset:
     if (folder / "job.json").exists() and not is_tfds_folder(folder):
         raise InputError(f"{folder} is not finished; start its job again, with the command that began it")
