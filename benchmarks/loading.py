@@ -27,6 +27,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import ml_dtypes
 import numpy as np
 

@@ -8,8 +8,8 @@ second one with an image of 112 x 112 pixels, no two alike; each asks for its ow
 so that every doubling is as likely, greedily and without an end-of-sequence token. A stream is a client that sends its
 next request when it has read the last one to its end; so many run at a time.
 
-- transformers takes the requests in the order in which they come, in batches of 1, 2, 4 ... up to the number of
-  streams, padded on the left, each until its longest answer is done; the best of these sizes is shown.
+- transformers takes the requests in the order in which they come, in batches of as many as there are
+  streams, half and a quarter as many, padded on the left, each until its longest answer is done; the best of these sizes is shown.
 - `engine`: our engine in this process, without HTTP. `server`: streams over HTTP to the other process; the clients
   live in this one and share the cores with it.
 
@@ -351,7 +351,7 @@ def table(hf, model: Pretrained, engine: Engine, url: str, streams: int, repeats
 
 
 def batches(streams: int) -> list[int]:
-    return [2**i for i in range(streams.bit_length())]
+    return [2**i for i in range(streams.bit_length()) if 4 * 2**i >= streams]
 
 
 def assert_equal(expected: list[str], texts: list[str]) -> None:
