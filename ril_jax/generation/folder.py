@@ -209,8 +209,8 @@ class JobFolder:
         write_atomically(
             self.folder / FAILED_FILE, "".join(json.dumps(entry) + "\n" for entry in failed).encode("utf-8")
         )
-        # The description makes the folder a data set, so it is written aside, where TFDS wants to see the shards' names,
-        # and appears file by file, dataset_info.json last.
+        # The description makes the folder a data set, so it is written aside (where TFDS wants to see shards of these
+        # names) and appears file by file, dataset_info.json last.
         aside = self.folder / ".metadata"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.generated import generated_config
 from helpers.quick import quick_compilation, quick_environment
-from helpers.served import running
+from helpers.running import running
 from helpers.tiny_folder import build_tiny_folder
 
 from ril_jax.pretrained import Pretrained

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import io
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import uvicorn
 from helpers import hf_models
+from helpers.running import running as running
 from helpers.tokenizer_folder import build_tokenizer_folder
 from ml_collections import ConfigDict
 from PIL import Image
@@ -21,7 +20,6 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from ril_jax.config import serving_config
 from ril_jax.sampling.engine import Engine
-from ril_jax.sampling.server.app import Service
 
 # The learned part of the tokenizer ends where the placeholder ids of the tiny models begin.
 _LEARNED, _ALL = 285, 294
@@ -96,22 +94,6 @@ def data_url(image: Image.Image, kind: str = "PNG", **options) -> str:
 
 def image_part(url: str, **details) -> dict:
     return {"type": "image_url", "image_url": {"url": url, **details}}
-
-
-@contextlib.contextmanager
-def running(service: Service) -> Iterator[str]:
-    """The address of a service behind a real socket, in a thread of this process."""
-    server = uvicorn.Server(uvicorn.Config(service.app, port=0, log_level="warning", lifespan="off", ws="none"))
-    listener = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(10)
-        service.close()
-        assert not thread.is_alive()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
