@@ -24,6 +24,7 @@ from ril_jax.errors import InputError
 
 SHARD_SIZE = 256 * 2**20  # bytes of records before the next shard is begun
 REFUSED_FILE = "refused.jsonl"  # the importer's list of refused rows, beside the shards
+SELECTION_FILE = "selection.jsonl"  # what became of every question where some were selected, beside the shards
 # TFDS and grain need single-record groups for random access. zstd:1 packs text as well as the default (brotli:6) and
 # writes five times as fast; encoded images do not shrink under either.
 _WRITER_OPTIONS = "group_size:1,zstd:1"
@@ -388,7 +389,8 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
         raise InputError(
             f"{folder} is not empty; give --overwrite (overwrite=True) to replace it, or name another folder"
         )
-    ours = re.compile(rf"dataset_info\.json|features\.json|{re.escape(REFUSED_FILE)}|.*\.array_record-\d+-of-\d+")
+    lists = f"{re.escape(REFUSED_FILE)}|{re.escape(SELECTION_FILE)}"
+    ours = re.compile(rf"dataset_info\.json|features\.json|{lists}|.*\.array_record-\d+-of-\d+")
     foreign = [entry for entry in entries if not ours.fullmatch(entry)]
     if foreign:
         raise InputError(f"{folder} also holds {foreign[0]}, which is no part of a data set; name another folder")

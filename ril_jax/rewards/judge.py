@@ -1,6 +1,7 @@
 """Judges: whoever says whether a response's answer is right, by rule or by asking a model."""
 
 import difflib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ __all__ = [
     "RulesJudge",
     "Verdict",
     "make_judge",
+    "open_judge",
 ]
 
 KINDS = ("rules", "openai", "engine", "none")
@@ -77,6 +79,23 @@ def make_judge(
     if kind == "engine":
         return EngineJudge(EngineJudgeConfig(**own(EngineJudgeConfig)), notify=notify, stop=stop, **engine)
     return None
+
+
+def open_judge(
+    config: Mapping[str, Any], workdir: str | os.PathLike[str] | None, *, notify: Callable[[str], None] | None = None
+) -> Judge | None:
+    """The judge of a run's config (`reward.judge`), for work beside a run.
+
+    workdir: where the run has its cache of verdicts, which is used then; none is kept without it. Raises InputError as
+    `make_judge` does, and where the config has no judge.
+    """
+    if "reward" not in config or "judge" not in config["reward"]:
+        raise InputError("--config has no reward.judge; give the config of a run, such as configs/qwen7b.py")
+    judge = config["reward"]["judge"].to_dict()
+    for field in ("cache_path", "checkpoint"):
+        if "{workdir}" in judge[field]:
+            judge[field] = judge[field].replace("{workdir}", str(workdir)) if workdir else ""
+    return make_judge(judge, notify=notify)
 
 
 class RulesJudge:

@@ -11,6 +11,7 @@ import grain
 import pytest
 import tensorflow_datasets as tfds
 from helpers.generated import answers, begin, generated_config, run_here, write_questions
+from helpers.quick import quick_compilation
 
 from ril_jax import generate
 from ril_jax.data.importer import read_rows
@@ -33,12 +34,8 @@ def questions(tmp_path_factory):
 def by_engine(made_here, questions, tmp_path_factory):
     """The folder of a job by the local engine that nobody disturbed."""
     output = tmp_path_factory.mktemp("by_engine") / "out"
-    process = begin(made_here.environment(), made_here.folder, questions, output)
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    assert f"{COUNT} of {COUNT} rows answered, with {3 * COUNT} responses; 0 rows refused, 0 questions failed" in out
-    assert re.search(rf"generate tiny +\d+/{COUNT} questions .* ETA ", out)
-    assert re.search(r"cut off: [\d.]+% of responses", out)
+    with quick_compilation(made_here.cache):
+        run_here(generated_config(made_here.folder), questions, output)
     return output
 
 
@@ -172,6 +169,9 @@ def test_killed_with_the_engine_at_work_it_goes_on_with_the_same_responses(made,
     out, _ = process.communicate(timeout=240)
     assert process.returncode == 0, out
     assert list(read_dataset(output)) == list(read_dataset(by_engine))
+    assert f"{COUNT} of {COUNT} rows answered, with {3 * COUNT} responses; 0 rows refused, 0 questions failed" in out
+    assert re.search(rf"generate tiny +\d+/{COUNT} questions .* ETA ", out)
+    assert re.search(r"cut off: [\d.]+% of responses", out)
 
 
 def test_a_finished_job_is_left_alone_and_another_is_refused(made, by_endpoint, questions):
