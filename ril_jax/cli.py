@@ -71,16 +71,13 @@ def run(
             distributed.initialize(args)
         status = main(args)
     except InputError as error:
-        _print_error(error)
-        distributed.leave(USAGE_STATUS)
+        distributed.leave(USAGE_STATUS, f"error: {_one_line(error)}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        distributed.leave(INTERRUPTED_STATUS)
-    except Exception:
+        distributed.leave(INTERRUPTED_STATUS, "interrupted")
+    except Exception as error:
         if not distributed.joined():
             raise
-        traceback.print_exc()
-        distributed.leave(1)
+        distributed.leave_by_bug(error)
     sys.exit(status or 0)
 
 
@@ -314,10 +311,6 @@ def _kind(value: Any) -> str:
 def _one_line(error: BaseException) -> str:
     text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(str(text).split()) or type(error).__name__
-
-
-def _print_error(error: InputError) -> None:
-    print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
 
 
 def _usage(argv: list[str], main: Callable[..., Any], required: Sequence[str], flags: Sequence[Flag]) -> str:

@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 import threading
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -22,11 +23,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
+from ril_jax import processes
 from ril_jax.errors import InputError
 
 TPU_PORT = 8482  # of the coordinator on TPU hosts; libtpu itself takes 8080, 8431 and 8471 to 8479
 START_TIMEOUT = 600  # seconds until every process must be there: pods and hosts come up minutes apart
 HEARTBEAT_TIMEOUT = 20  # seconds without a sign of life after which a process counts as dead, and ends the others
+_ROOM = 15  # seconds more until JAX says the same, which takes it many lines
 
 Metadata = Callable[[str], str | None]
 
@@ -81,9 +84,10 @@ def initialize(
             local_device_ids=cluster.local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=int(start_timeout) + 60,  # beyond ours, since it ends with a stack trace
-            heartbeat_timeout_seconds=heartbeat_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout + _ROOM,
             shutdown_timeout_seconds=3600,  # process 0 may still be writing a model when the others are done
         )
+    processes.Watch(heartbeat_timeout).start()
 
 
 def joined() -> bool:
@@ -92,17 +96,28 @@ def joined() -> bool:
     return jax is not None and jax.distributed.is_initialized()
 
 
-def leave(status: int) -> NoReturn:
-    """End this process after a failure of its own.
+def leave(status: int, line: str) -> NoReturn:
+    """Say `line` and end this process after a failure of its own.
 
-    One of several leaves at once: the orderly way waits for the others, which wait for this one in their next
-    collective. They notice that it is gone within the heartbeat time-out.
+    One of several leaves at once, and has the others leave: the orderly way waits for them, which wait for this one in
+    their next collective. Of processes that all fail by the same line one says it.
     """
     if not joined():
+        print(line, file=sys.stderr, flush=True)
         sys.exit(status)
     sys.stdout.flush()
+    if processes.fail(line.removeprefix("error: "), status):
+        print(line, file=sys.stderr, flush=True)
     sys.stderr.flush()
     os._exit(status)
+
+
+def leave_by_bug(error: Exception) -> NoReturn:
+    """The same for an error that should not be. Where it may come of another process's end, that is told instead."""
+    if "JaxRuntimeError" in {kind.__name__ for kind in type(error).__mro__}:
+        processes.wait_for_failure(HEARTBEAT_TIMEOUT + 8 * processes.BEAT)
+    traceback.print_exception(error)
+    leave(1, f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 # --- who is there -----------------------------------------------------------------------------------------------------

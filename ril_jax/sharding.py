@@ -3,14 +3,16 @@
 Mesh axes: `data` (replicas, spans slices), `fsdp` (batch and weights), `tensor` (heads, feed-forward, vocabulary).
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ril_jax import processes
 from ril_jax.errors import InputError
 from ril_jax.models.parameters import ParamSpec
 
@@ -83,10 +85,50 @@ def num_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def use(mesh: Mesh) -> None:
+def full_batch(size: int, mesh: Mesh) -> int:
+    """The smallest batch of at least `size` rows that spreads over the mesh, for programs that may have idle rows."""
+    return -(-size // num_shards(mesh)) * num_shards(mesh)
+
+
+class Part(NamedTuple):
+    """Of the `num_shards` shares of a batch those that lie on this process's devices, in order.
+
+    Where the devices of one share belong to several processes, all of them hold it, and the first owns it: it answers
+    for what is done once a row, such as asking a judge.
+    """
+
+    held: tuple[int, ...]
+    owned: tuple[int, ...]
+
+
+def part(mesh: Mesh) -> Part | None:
+    """This process's part of a batch; None in a run of one process, which has all of it."""
+    if processes.count() == 1:
+        return None
+    holders = [sorted({device.process_index for device in row}) for row in mesh.devices.reshape(num_shards(mesh), -1)]
+    me = processes.index()
+    held = tuple(i for i, them in enumerate(holders) if me in them)
+    return Part(held, tuple(i for i in held if holders[i][0] == me))
+
+
+def use(mesh: Mesh | None) -> None:
     """From here on `constrain` means this mesh; every program of a process is for one set of devices."""
     global _mesh
     _mesh = mesh
+
+
+def mesh_in_use() -> Mesh | None:
+    return _mesh
+
+
+def platform() -> str:
+    """Of the devices that programs are for: those of the mesh in use, which may be absent, else this process's own."""
+    return jax.default_backend() if _mesh is None else _mesh.devices.flat[0].platform
+
+
+def batch_axes(rows: int) -> tuple[str, ...] | None:
+    """The axes of the mesh in use that so many rows are spread over, None where they are not."""
+    return BATCH if _mesh is not None and num_shards(_mesh) > 1 and rows % num_shards(_mesh) == 0 else None
 
 
 def constrain(tree: Any, *axes: str | None) -> Any:
@@ -116,4 +158,69 @@ def constrain(tree: Any, *axes: str | None) -> Any:
 
 def put(tree: Any, mesh: Mesh) -> Any:
     """Host arrays on the devices, replicated; scalars and small index tables, and batches on a single device."""
-    return jax.device_put(tree, replicated(mesh))
+    if processes.count() == 1:
+        return jax.device_put(tree, replicated(mesh))
+    return jax.tree.map(lambda leaf: of_all(np.asarray(leaf), replicated(mesh)), tree)
+
+
+def of_all(array: np.ndarray, where: NamedSharding) -> jax.Array:
+    """An array that every process has as a whole, in its sharding; unlike jax.device_put without comparing them."""
+    return jax.make_array_from_callback(array.shape, where, array.__getitem__)
+
+
+def put_rows(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
+    """A host array whose `axis` has rows, over data and fsdp; of several processes each gives the rows of its `part`.
+
+    Replicated where the array has no such axis, or, in one process, a number of rows that does not divide.
+    """
+    mine = part(mesh)
+    if mine is None:
+        return jax.device_put(array, rows(mesh, np.shape(array), axis))
+    array = np.asarray(array)
+    if array.ndim <= axis or num_shards(mesh) == 1:
+        return of_all(array, replicated(mesh))
+    share = array.shape[axis] // len(mine.held)  # rows of a shard
+    shape = (*array.shape[:axis], share * num_shards(mesh), *array.shape[axis + 1 :])
+
+    def of(index: Any) -> np.ndarray:
+        at = mine.held.index(index[axis].indices(shape[axis])[0] // share)
+        return array[(*index[:axis], slice(at * share, (at + 1) * share))]
+
+    return jax.make_array_from_callback(shape, rows(mesh, shape, axis), of)
+
+
+def own_rows(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
+    """The inverse: this process's rows of arrays on the devices, on the host; in one process all. All must call it."""
+    mine = part(mesh)
+    if mine is None:
+        return jax.device_get(tree)
+    where = jax.tree.map(lambda leaf: rows(mesh, leaf.shape, axis), tree)
+
+    def fetch(leaf: jax.Array) -> np.ndarray:
+        if leaf.sharding.is_fully_replicated:
+            return np.asarray(leaf)
+        parts = {shard.index[axis].start or 0: shard for shard in leaf.addressable_shards}
+        return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)], axis)
+
+    return jax.tree.map(fetch, _laid_out(tree, where))
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+    """Arrays on the devices as a whole on every host. All processes must call it."""
+    if processes.count() == 1:
+        return jax.device_get(tree)
+    return jax.device_get(_laid_out(tree, jax.tree.map(lambda _: replicated(mesh), tree)))
+
+
+def _laid_out(tree: Any, where: Any) -> Any:
+    """The arrays moved into these shardings, by the devices."""
+    leaves, structure = jax.tree.flatten(where)
+    return _move(structure, tuple(leaves))(tree)
+
+
+@functools.cache
+def _move(structure: Any, shardings: tuple[NamedSharding, ...]):
+    def move(tree):
+        return tree
+
+    return jax.jit(move, out_shardings=jax.tree.unflatten(structure, shardings))

@@ -5,12 +5,13 @@
 Started again in the same workdir it goes on where it was; a stage that is done is not run again.
 """
 
+import functools
 import json
 import os
 import time
 from types import SimpleNamespace
 
-from ril_jax import cli
+from ril_jax import cli, processes
 from ril_jax import config as config_lib
 
 
@@ -31,16 +32,18 @@ def main(args: SimpleNamespace) -> int:
         enable_persistent_cache()
     with StopSignal() as stop:
         run = Run.start(config, workdir, stop)
-        claim_folder(workdir, run.fingerprint(), allow_change=config.allow_config_change)
-        print(overview.describe_start(run), flush=True)
+        claim = functools.partial(claim_folder, workdir, run.fingerprint(), allow_change=config.allow_config_change)
+        processes.by_first(claim, "claim the workdir")
+        processes.say(overview.describe_start(run))
         for stage in config_lib.stages(config):
             _run_stage(run, stage)
         summary = overview.summarise(run)
-        write_atomically(workdir / "summary.json", json.dumps(summary, indent=2).encode())
-        run.timer.save()
-        page = write_report(workdir)
-        print(terminal_summary(workdir))
-        print(f"\nreport: {page}\nall of it took {overview.duration(time.monotonic() - started)}", flush=True)
+        if processes.is_first():
+            write_atomically(workdir / "summary.json", json.dumps(summary, indent=2).encode())
+            run.timer.save()
+            page = write_report(workdir)
+            print(terminal_summary(workdir))
+            print(f"\nreport: {page}\nall of it took {overview.duration(time.monotonic() - started)}", flush=True)
     return 0
 
 
@@ -55,7 +58,7 @@ def _run_stage(run, stage: str) -> None:
         _run_arms(run)
         return
     if run.is_done(stage):
-        print(f"{stage}: done before", flush=True)
+        processes.say(f"{stage}: done before")
         return
     overview.announce(run, stage)
     runs = {"prepare": run_prepare, "sft": run_sft, "collect": run_collect, "discriminator": run_discriminator}
@@ -70,12 +73,12 @@ def _run_arms(run) -> None:
     todo = [arm for arm in config_lib.arms(run.config) if not run.is_done(f"ril/{arm}")]
     for arm in config_lib.arms(run.config):
         if arm not in todo:
-            print(f"ril/{arm}: done before", flush=True)
-    processes = min(run.config.workers, workers.cores(), len(todo))
-    if processes > 1:
+            processes.say(f"ril/{arm}: done before")
+    count = workers.count(run, len(todo))
+    if count > 1:
         overview.announce(run, f"ril/{todo[0]}")
         with run.timer.stage("ril"):
-            workers.run_tasks(run, {f"ril:{arm}": lambda: True for arm in todo}, processes=processes)
+            workers.run_tasks(run, {f"ril:{arm}": lambda: True for arm in todo}, processes=count)
         return
     for arm in todo:
         overview.announce(run, f"ril/{arm}")

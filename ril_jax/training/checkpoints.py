@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from ril_jax import processes
 from ril_jax.errors import InputError
 from ril_jax.training.metrics import write_atomically
 
@@ -82,7 +82,11 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """The steps of which a complete checkpoint lies on disk, oldest first."""
         # Listed here and not asked of orbax, whose list holds a step from the moment that its save begins.
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir())
+        # The first process looks, since a network's file system may show the others an earlier state.
+        return processes.decide(
+            lambda: sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir()),
+            "which checkpoints there are",
+        )
 
     def save(self, step: int, arrays: Any, host: Mapping[str, Any], *, force: bool = False) -> bool:
         """Start saving the state after `step` if it is due (or `force`), and return whether `step` has a checkpoint.
@@ -96,7 +100,7 @@ class Checkpointer:
             return False
         _require_json(host, "host")
         flat, described = _flatten(arrays)
-        record = {"arrays": described, "hosts": _gather_hosts(host)}
+        record = {"arrays": described, "hosts": processes.gather(dict(host), "host states")}
         with self._clear_errors(f"saving step {step}"):
             self._manager.wait_until_finished()
             if step in self.steps():
@@ -142,7 +146,9 @@ class Checkpointer:
             words = " ".join(str(failure or "another process cannot read it").split())[:300]
             logger.warning("CHECKPOINT of step %d in %s is damaged and set aside: %s", step, self.folder, words)
             self._set_aside(step)
-        broken = sorted(path.name for path in self.folder.glob("corrupt-*"))
+        broken = processes.decide(
+            lambda: sorted(path.name for path in self.folder.glob("corrupt-*")), "what is corrupt"
+        )
         if broken:  # also those of an earlier start: a stage never begins again from nothing unasked
             raise InputError(
                 f"{self.folder} has no checkpoint that can be read, only {', '.join(broken)}: bring back a copy, or "
@@ -220,7 +226,7 @@ class Checkpointer:
 
     def _write_integrity(self) -> None:
         """Note size and CRC of every file; orbax calls this in its thread when all is written, before the rename."""
-        if jax.process_index() != 0 or self._in_flight is None:
+        if not processes.is_first() or self._in_flight is None:
             return
         unfinished = sorted(self.folder.glob(f"{self._in_flight}.orbax-checkpoint-tmp*"))
         folder = unfinished[-1] if unfinished else self.folder / str(self._in_flight)
@@ -277,7 +283,7 @@ class Checkpointer:
         return Restored(step, jax.tree_util.tree_unflatten(treedef, arrays), _own_host(record["hosts"], self.folder))
 
     def _set_aside(self, step: int) -> None:
-        if jax.process_index() == 0:
+        if processes.is_first():
             target = self.folder / f"corrupt-{step}"
             if target.exists():
                 shutil.rmtree(target)
@@ -357,34 +363,20 @@ def _require_json(value: Any, path: str) -> None:
         )
 
 
-def _gather_hosts(host: Mapping[str, Any]) -> list[Any]:
-    """The host states of all processes, in the order of their indices."""
-    if jax.process_count() == 1:
-        return [dict(host)]
-    text = np.frombuffer(json.dumps(host).encode(), np.uint8)
-    sizes = np.atleast_1d(multihost_utils.process_allgather(np.int32(text.size)))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:size]).decode()) for row, size in zip(rows, sizes, strict=True)]
-
-
 def _own_host(hosts: list[Any], folder: Path) -> dict[str, Any]:
-    if len(hosts) == jax.process_count():
-        return hosts[jax.process_index()]
+    if len(hosts) == processes.count():
+        return hosts[processes.index()]
     if all(host == hosts[0] for host in hosts):
         return hosts[0]
     raise InputError(
-        f"{folder} was saved by {len(hosts)} processes, each with its own state, and {jax.process_count()} run now: "
+        f"{folder} was saved by {len(hosts)} processes, each with its own state, and {processes.count()} run now: "
         f"start {len(hosts)} processes"
     )
 
 
 def _every_process(good: bool) -> bool:
     """True if all processes say so; all wait for each other here."""
-    if jax.process_count() == 1:
-        return good
-    return bool(np.all(multihost_utils.process_allgather(np.bool_(good))))
+    return not processes.any_of(not good, "has a process failed")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -462,7 +454,7 @@ def claim_folder(folder: str | os.PathLike[str], fingerprint: Mapping[str, Any],
     folder = Path(folder).absolute()
     path = folder / "config.json"
     ours = json.loads(json.dumps(fingerprint, default=str))
-    if jax.process_index() != 0:
+    if not processes.is_first():
         return
     if path.exists():
         try:
@@ -538,9 +530,7 @@ class StopSignal:
 
     def should_stop(self) -> bool:
         """Whether this or any other process was asked to stop; all processes must call it after the same step."""
-        if jax.process_count() == 1:
-            return self.received is not None
-        return not _every_process(self.received is None)
+        return processes.any_of(self.received is not None, "asked to stop")
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -566,7 +556,7 @@ def save_failed_batch(folder: str | os.PathLike[str], arrays: Any, note: Mapping
     """Keep the batch that made a step fail: its arrays as .npz (bfloat16 as float32) and `note` beside it as .json.
 
     arrays: pytree of arrays, named by their path in it. note: JSON-able; `note["step"]` names the files if it is there.
-    Returns the path of the .npz.
+    Returns the path of the .npz. Of an array that is spread over processes the part of this one is kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -576,7 +566,7 @@ def save_failed_batch(folder: str | os.PathLike[str], arrays: Any, note: Mapping
     kept, dtypes = {}, {}
     for key, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
         leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and _is_key(leaf) else leaf
-        array = np.asarray(leaf)
+        array = _here(leaf)
         dtypes[_name(key)] = str(array.dtype)
         # numpy writes the types of ml_dtypes (bfloat16, float8) as raw bytes that it cannot read back.
         kept[_name(key)] = array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
@@ -585,3 +575,14 @@ def save_failed_batch(folder: str | os.PathLike[str], arrays: Any, note: Mapping
     words = json.dumps({**note, "dtypes": dtypes}, indent=2, default=str) + "\n"
     write_atomically(path.with_suffix(".json"), words.encode())
     return path
+
+
+def _here(leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    starts = lambda shard: tuple(part.start or 0 for part in shard.index)  # noqa: E731
+    shards = {starts(shard): shard for shard in leaf.addressable_shards}
+    if len(shards) == 1:
+        return np.asarray(next(iter(shards.values())).data)
+    (axis,) = [i for i in range(leaf.ndim) if len({start[i] for start in shards}) > 1]
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)], axis)

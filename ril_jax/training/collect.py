@@ -4,18 +4,19 @@ Every model's responses are written in small parts, each whole or not there, so 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ril_jax import sharding
+from ril_jax import processes, sharding
 from ril_jax.data.records import Question, QuestionDataset, Response, read_dataset, write_dataset
 from ril_jax.errors import InputError
 from ril_jax.models.parameters import hash_name
-from ril_jax.training.batches import Buckets, PromptEncoder, flatten_features, flatten_micro, put
+from ril_jax.pretrained import Pretrained
+from ril_jax.sampling.sampler import Samples
+from ril_jax.training.batches import PromptEncoder, flatten_features, flatten_micro, put
 from ril_jax.training.metrics import write_atomically
 from ril_jax.training.progress import Progress, of_bytes
 from ril_jax.training.run import Run
@@ -37,8 +38,12 @@ def run_collect(run: Run) -> None:
         )
     summary = {name: _collect_model(run, name, questions) for name in models}
     target = run.workdir / "responses"
-    if not target.exists():
-        write_dataset(target, _merged(run, models, questions), name="responses")
+
+    def write() -> None:
+        if not target.exists():
+            write_dataset(target, _merged(run, models, questions), name="responses")
+
+    processes.by_first(write, "collected responses")
     run.mark_done("collect", summary)
 
 
@@ -56,19 +61,36 @@ def teacher_dataset(run: Run) -> QuestionDataset:
     return response_dataset(run)
 
 
+class Subset(Sequence):
+    """Some of the questions, read when they are asked for."""
+
+    def __init__(self, source: Sequence[Question], keep: Sequence[int]):
+        self.source, self.keep = source, keep
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def __getitem__(self, index):
+        return self.source[self.keep[index]]
+
+
 def question_key(seed: int, purpose: str, question_id: str) -> np.ndarray:
     """A PRNG key that depends on these three alone, [2] uint32."""
     words = np.random.SeedSequence([seed, hash_name(purpose), hash_name(question_id)]).generate_state(2)
     return words.astype(np.uint32)
 
 
-def _collect_model(run: Run, name: str, questions: list[Question]) -> dict[str, float]:
+def _collect_model(run: Run, name: str, questions: Sequence[Question]) -> dict[str, float]:
     """All parts of one model; returns its summary."""
     size = run.config.collect.batch_size
     starts = range(0, len(questions), size)
-    todo = [start for start in starts if not _part(run, name, start).exists()]
+    todo = processes.decide(lambda: [s for s in starts if not _part(run, name, s).exists()], f"parts of {name} to do")
     if todo:
         _sample_parts(run, name, questions, todo)
+    return processes.decide(lambda: _summary(run, name, starts), f"responses of {name}")
+
+
+def _summary(run: Run, name: str, starts: Sequence[int]) -> dict[str, float]:
     responses = [r for start in starts for row in _read_part(run, name, start).values() for r in row]
     lengths = np.array([r["token_count"] for r in responses])
     truncated = np.mean([r["finish_reason"] == "length" for r in responses])
@@ -81,7 +103,8 @@ def _collect_model(run: Run, name: str, questions: list[Question]) -> dict[str, 
     }
 
 
-def _sample_parts(run: Run, name: str, questions: list[Question], todo: list[int]) -> None:
+def _sample_parts(run: Run, name: str, questions: Sequence[Question], todo: list[int]) -> None:
+    """Sample these parts; of several processes each encodes its own rows, and the first writes what all sampled."""
     config, size = run.config, run.config.collect.batch_size
     if name == STUDENT:
         model, settings, sampler, params = run.student, config.student, run.sampler, run.pi_init()
@@ -95,51 +118,57 @@ def _sample_parts(run: Run, name: str, questions: list[Question], todo: list[int
     programs = run.make_programs(model, settings)
     params = programs.cast(params)
     encoder = PromptEncoder(model.chat, max_length=max(config.data.prompt_buckets))
-    buckets = Buckets.from_config(model.config, config.data, shards=sharding.num_shards(run.mesh))
+    buckets, batch = run.make_buckets(model), sharding.full_batch(size, run.mesh)
+    rows = buckets.layout(batch).positions
     limit = config.sampling.max_completion_length
-    progress = Progress(f"collect {name}", len(questions), start=len(questions) - sum(
-        min(size, len(questions) - start) for start in todo))  # fmt: skip
+    left = sum(min(size, len(questions) - start) for start in todo)
+    progress = Progress(f"collect {name}", len(questions), start=len(questions) - left, enabled=processes.is_first())
     for start in todo:
         run.stop_if_asked()
-        chunk = questions[start : start + size]
-        prompts = buckets.pack_prompts([encoder(q) for q in chunk], batch=size)
+        places = range(start, min(start + size, len(questions)))
+        chunk = [questions[start + i] for i in rows if start + i in places]
+        prompts = buckets.pack_prompts([encoder(q) for q in chunk], batch=batch)
         features = programs.encode(params, put(prompts.vision, run.mesh)) if prompts.vision is not None else None
-        keys = np.stack([question_key(config.seed, f"collect/{name}", q.id) for q in chunk])
-        keys = np.concatenate([keys, np.zeros((size - len(chunk), 2), np.uint32)])
-        samples = jax.device_get(
-            sampler(
-                params, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
-                put(keys, run.mesh, micro=False),
-                num_samples=config.collect.num_generations, max_tokens=limit, sampling=run.sampling_params(),
-            )
+        keys: np.ndarray = np.zeros((len(rows), 2), np.uint32)
+        for i, question in enumerate(chunk):
+            keys[i] = question_key(config.seed, f"collect/{name}", question.id)
+        samples = sampler(
+            params, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
+            put(keys, run.mesh, micro=False),
+            num_samples=config.collect.num_generations, max_tokens=limit, sampling=run.sampling_params(),
         )  # fmt: skip
-        part = {}
-        for b, question in enumerate(chunk):
-            row = []
-            for g in range(config.collect.num_generations):
-                ids = samples.token_ids[b, g][samples.mask[b, g]]
-                reason = "stop" if samples.finished[b, g] else "length"
-                row.append({"text": model.chat.decode(ids), "token_count": len(ids), "finish_reason": reason})
-            part[question.id] = row
-        write_atomically(_part(run, name, start), json.dumps(part).encode())
-        progress.advance(len(chunk))
+        samples = sharding.gathered(samples, run.mesh)
+        if processes.is_first():
+            part = {questions[i].id: _row(model, samples, b) for b, i in enumerate(places)}
+            write_atomically(_part(run, name, start), json.dumps(part).encode())
+        progress.advance(len(places))
     progress.close()
 
 
-def _merged(run: Run, models: list[str], questions: list[Question]) -> Iterator[Question]:
+def _row(model: Pretrained, samples: Samples, b: int) -> list[dict]:
+    """The responses to one question of a batch, as they are kept in a part."""
+    row = []
+    for g in range(samples.token_ids.shape[1]):
+        ids = np.asarray(samples.token_ids[b, g][samples.mask[b, g]])
+        reason = "stop" if samples.finished[b, g] else "length"
+        row.append({"text": model.chat.decode(ids), "token_count": len(ids), "finish_reason": reason})
+    return row
+
+
+def _merged(run: Run, models: list[str], questions: Sequence[Question]) -> Iterator[Question]:
     size = run.config.collect.batch_size
     for start in range(0, len(questions), size):
         parts = {name: _read_part(run, name, start) for name in models}
-        for q in questions[start : start + size]:
+        for q in (questions[i] for i in range(start, min(start + size, len(questions)))):
             before = [r for r in q.responses if r.model not in models]
             sampled = [Response(model=name, **r) for name in models for r in parts[name][q.id]]
             yield Question(q.id, q.prompt, q.images, q.solution, (*before, *sampled), q.extra)
 
 
-def _questions(run: Run) -> list[Question]:
+def _questions(run: Run) -> Sequence[Question]:
     source = run.dataset("teacher_data" if run.config.data.teacher_data else "questions")
     count = run.config.collect.num_questions or len(source)
-    return [source[i] for i in range(min(count, len(source)))]
+    return Subset(source, range(min(count, len(source))))
 
 
 def _part(run: Run, name: str, start: int) -> Path:

@@ -45,6 +45,7 @@ class Discriminator:
             tuple(r + self.prompts.extra for r in data.response_buckets),
             run.buckets.rungs,
             run.buckets.shards,
+            run.buckets.part,
         )
         self.programs = _programs(run.programs, self.network)
 
@@ -53,9 +54,8 @@ class Discriminator:
         return split_frozen(initial_params(self.network, run.pi_init(), run.mesh), train_vision=False)
 
     def pack(self, rows: Sequence[tuple[Any, list[np.ndarray]]], *, batch: int, micro: int):
-        """Arrays of `DiscriminatorPrompts.rows` of every question of a batch."""
-        prompts = self.buckets.pack_prompts([p for p, _ in rows], batch=batch, micro=micro)
-        return prompts, self.buckets.pack_responses([r for _, r in rows], batch=batch, micro=micro)
+        """Arrays of `DiscriminatorPrompts.rows` of every question of a batch (of this process's part of it)."""
+        return self.buckets.pack([p for p, _ in rows], [r for _, r in rows], batch=batch, micro=micro)[:2]
 
     def make_update(self, optimizer: optax.GradientTransformation, num_student: int):
         """Jitted (state, frozen, batch) -> (state, metrics): one step of Eq. 1, or of GAD's pair loss."""
@@ -96,7 +96,8 @@ def run_discriminator(run: Run) -> None:
     params, frozen = discriminator.initial(run)
     optimizer = make_optimizer(settings)
     update = discriminator.make_update(optimizer, count)
-    run_loop(run, "discriminator", source, encode, pack, settings, params, optimizer, update, frozen)
+    rows = discriminator.buckets.layout(settings.batch_size, micro).positions
+    run_loop(run, "discriminator", source, rows, encode, pack, settings, params, optimizer, update, frozen)
     run.mark_done("discriminator", {"steps": settings.steps})
 
 

@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from ril_jax import processes, sharding
 from ril_jax.data.records import Question
 from ril_jax.models.parameters import Params
 from ril_jax.rewards.judge import Judge
@@ -19,43 +19,47 @@ from ril_jax.training.run import Run
 
 
 def evaluate(run: Run, params: Params, questions: Sequence[Question], judge: Judge) -> dict[str, Any]:
-    """Greedy responses to all questions.
+    """Greedy responses to all questions; of several processes each decodes and judges its own.
 
     Returns: accuracy, its 95 % interval (normal approximation), mean response length in tokens, the number of
     questions, and accuracy by the `type` column where the questions have one.
     """
     size = run.config.eval.batch_size
-    scores: list[float] = []
-    lengths: list[int] = []
-    by_type: dict[str, list[float]] = defaultdict(list)
+    batch = sharding.full_batch(size, run.mesh)
+    rows = run.buckets.layout(batch).positions
+    mine: dict[str, list] = {}  # place -> [score, length, type], of the questions of this process
     params = run.programs.cast(params)
     for start in range(0, len(questions), size):
-        chunk = [questions[i] for i in range(start, min(start + size, len(questions)))]
-        prompts = run.buckets.pack_prompts([run.encoder(q) for q in chunk], batch=size)
+        places = [start + i for i in rows if start + i < min(start + size, len(questions))]
+        chunk = [questions[i] for i in places]
+        prompts = run.buckets.pack_prompts([run.encoder(q) for q in chunk], batch=batch)
         features = run.programs.encode(params, put(prompts.vision, run.mesh)) if prompts.vision is not None else None
-        samples = jax.device_get(
-            run.sampler(
-                params,
-                put(flatten_micro(prompts), run.mesh, micro=False),
-                flatten_features(features),
-                put(np.zeros((size, 2), np.uint32), run.mesh, micro=False),
-                num_samples=1,
-                max_tokens=run.config.sampling.max_completion_length,
-                sampling=SamplingParams(temperature=0.0),
-            )
+        samples = run.sampler(
+            params,
+            put(flatten_micro(prompts), run.mesh, micro=False),
+            flatten_features(features),
+            put(np.zeros((len(rows), 2), np.uint32), run.mesh, micro=False),
+            num_samples=1,
+            max_tokens=run.config.sampling.max_completion_length,
+            sampling=SamplingParams(temperature=0.0),
         )
+        samples = sharding.own_rows(samples, run.mesh)
         texts = [run.student.chat.decode(samples.token_ids[b, 0][samples.mask[b, 0]]) for b in range(len(chunk))]
-        lengths += [int(samples.mask[b, 0].sum()) for b in range(len(chunk))]
+        lengths = [int(samples.mask[b, 0].sum()) for b in range(len(chunk))]
         items = [JudgeItem(plain_prompt(q), q.solution, text, q.id) for q, text in zip(chunk, texts, strict=True)]
-        for question, verdict in zip(chunk, judge(items), strict=True):
-            scores.append(verdict.score)
-            by_type[str(json.loads(question.extra).get("type", ""))].append(verdict.score)
+        for place, question, length, verdict in zip(places, chunk, lengths, judge(items), strict=True):
+            mine[str(place)] = [verdict.score, length, str(json.loads(question.extra).get("type", ""))]
+    answers = {place: answer for answers in processes.gather(mine, "evaluation") for place, answer in answers.items()}
+    scores, all_lengths, types = zip(*(answers[str(place)] for place in range(len(questions))), strict=True)
+    by_type: dict[str, list[float]] = defaultdict(list)
+    for score, kind in zip(scores, types, strict=True):
+        by_type[kind].append(score)
     accuracy = float(np.mean(scores))
     margin = 1.96 * (accuracy * (1 - accuracy) / len(scores)) ** 0.5
     result: dict[str, Any] = {
         "accuracy": accuracy,
         "interval": [max(accuracy - margin, 0.0), min(accuracy + margin, 1.0)],
-        "mean_length": float(np.mean(lengths)),
+        "mean_length": float(np.mean(all_lengths)),
         "questions": len(scores),
     }
     if set(by_type) != {""}:

@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import PIL.Image
 
+from ril_jax import processes
 from ril_jax.errors import InputError
 
 logger = logging.getLogger("ril_jax.metrics")
@@ -58,7 +58,7 @@ class MetricsWriter:
     ) -> None:
         self.stage = stage
         self.path = metrics_file(workdir, stage)
-        self._on = jax.process_index() == 0
+        self._on = processes.is_first()
         self._file: int | None = None
         self._last_step = -1
         self._synced = time.monotonic()
@@ -274,7 +274,7 @@ class SampleTable:
         self.every = every
         self._root = Path(workdir) / "samples"
         self._folder = self._root / stage
-        self._on = jax.process_index() == 0
+        self._on = processes.is_first()
 
     def due(self, step: int) -> bool:
         """Whether a table is wanted after this step; every=0 turns tables off."""

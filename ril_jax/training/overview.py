@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ril_jax import config as config_lib
+from ril_jax import processes
 from ril_jax.training.progress import duration
 from ril_jax.training.run import Run
 from ril_jax.training.state import split_frozen
@@ -22,7 +23,7 @@ def describe_start(run: Run) -> str:
     lines = [
         "config",
         *(f"  {line}" for line in _fields(c.to_dict())),
-        f"devices: {jax.device_count()} x {device.device_kind} ({device.platform}), {jax.process_count()} processes; "
+        f"devices: {jax.device_count()} x {device.device_kind} ({device.platform}), {processes.count()} processes; "
         f"mesh {shape}",
         f"workdir: {run.workdir}",
         f"stages: {', '.join(config_lib.stages(c))}"
@@ -34,9 +35,9 @@ def describe_start(run: Run) -> str:
 
 def announce(run: Run, label: str) -> None:
     """Print what a stage is about to do: parameters, programs and memory for the stages that train the student."""
-    print(f"\n== {label} ==", flush=True)
+    processes.say(f"\n== {label} ==")
     if label == "sft" or label.startswith("ril/"):
-        print("\n".join(_model_lines(run, label)), flush=True)
+        processes.say("\n".join(_model_lines(run, label)))
 
 
 def summarise(run: Run) -> dict[str, Any]:

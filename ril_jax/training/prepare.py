@@ -9,11 +9,10 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ril_jax import sharding
+from ril_jax import processes, sharding
 from ril_jax.data import synthetic
 from ril_jax.data.records import Question, Response, write_dataset
 from ril_jax.data.tiles import TileImageProcessor
@@ -32,16 +31,16 @@ from ril_jax.training.state import fresh_params
 def run_prepare(run: Run) -> None:
     """Make what is missing under workdir/prepare; models that do not build on each other side by side."""
     folder, models = run.workdir / "prepare", run.config.prepare.models
-    _write_data(run, folder / "data")
+    processes.by_first(lambda: _write_data(run, folder / "data"), "prepared data")
     chains = _chains(models)
-    processes = min(run.config.workers, workers.cores(), len(chains))
-    if processes > 1:
+    count = workers.count(run, len(chains))
+    if count > 1:
 
         def ready(chain: list[str]) -> Callable[[], bool]:
             base = models[chain[0]].base
             return lambda: not base or (folder / base / "config.json").exists()
 
-        workers.run_tasks(run, {"prepare:" + "+".join(chain): ready(chain) for chain in chains}, processes=processes)
+        workers.run_tasks(run, {"prepare:" + "+".join(chain): ready(chain) for chain in chains}, processes=count)
     else:
         for name in (name for chain in chains for name in chain):
             run.stop_if_asked()
@@ -112,7 +111,7 @@ def _work(model: ConfigDict) -> int:
 def make_model(run: Run, name: str) -> None:
     """Train one model of config.prepare.models and leave it as an HF folder, unless it is there."""
     folder, settings = run.workdir / "prepare", run.config.prepare.models[name]
-    if (folder / name / "config.json").exists():
+    if processes.decide((folder / name / "config.json").exists, f"is {name} made"):
         return
     label = f"prepare/{name}"
     start = _new_folder(run, folder, name, settings) if not settings.base else folder / settings.base
@@ -137,6 +136,16 @@ def make_model(run: Run, name: str) -> None:
 def _new_folder(run: Run, folder: Path, name: str, settings: ConfigDict) -> Path:
     """An HF folder with fresh weights and the tokenizer of the task, in the form of the model's family."""
     start = folder / f".{name}.start"
+    processes.by_first(lambda: _write_around(start, settings), f"tokenizer of {name}")
+    network = make_network(ModelConfig.from_folder(start))
+    params = fresh_params(network, int(np.uint32(run.config.seed)), run.mesh, scheme="fan_in")
+    hub.save_params(start, network, params, family=settings.family)
+    processes.by_first(lambda: None, f"fresh weights of {name}")
+    return start
+
+
+def _write_around(start: Path, settings: ConfigDict) -> None:
+    """All of the folder but the weights: tokenizer, image processor, config."""
     if start.exists():
         shutil.rmtree(start)
     texts = synthetic.vocabulary_texts(settings.vocabulary_seed)
@@ -151,10 +160,6 @@ def _new_folder(run: Run, folder: Path, name: str, settings: ConfigDict) -> Path
     raw = config.to_hf()
     raw |= ends | {"text_config": raw["text_config"] | ends}
     (start / "config.json").write_text(json.dumps(raw, indent=2))
-    network = make_network(config)
-    params = fresh_params(network, int(np.uint32(run.config.seed)), run.mesh, scheme="fan_in")
-    hub.save_params(start, network, jax.device_get(params), family=config.family)
-    return start
 
 
 def _model_config(settings: ConfigDict, special: dict[str, int]) -> ModelConfig:

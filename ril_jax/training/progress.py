@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import jax
-
+from ril_jax import processes
 from ril_jax.errors import InputError
 from ril_jax.training.metrics import write_atomically
 
@@ -184,7 +183,7 @@ def of_bytes(stage: str, *, least: int = 2 * 10**9, **settings: Any) -> Callable
 
     def show(done: int, total: int) -> None:
         nonlocal progress
-        if total < least or jax.process_index():
+        if total < least or not processes.is_first():
             return
         if progress is None:
             progress = Progress(stage, total, "GB", scale=10**9, **settings)
@@ -249,7 +248,9 @@ class StageTimer:
             entry["parts"][part] = entry["parts"].get(part, 0.0) + value
 
     def save(self) -> None:
-        """Write the file atomically."""
+        """Write the file atomically; of several processes the first one does."""
+        if not processes.is_first():
+            return
         rounded = {
             name: {
                 "seconds": round(entry["seconds"], 3),

@@ -5,13 +5,13 @@ import json
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ril_jax import objectives
+from ril_jax import objectives, processes
 from ril_jax.data.records import Question, question_prompt
 from ril_jax.errors import InputError
 from ril_jax.rewards.functions import load_reward_functions
@@ -53,10 +53,10 @@ class RewardModel:
         self._similarity, self._levels = parse_similarity(config.reward.similarity)
 
     def _make_judge(self, run: Run, config: ConfigDict) -> Judge | None:
-        judge = config.to_dict() | {"cache_path": run.path(config.cache_path)}
+        judge = config.to_dict() | {"cache_path": _of_this_process(run.path(config.cache_path))}
         if judge["checkpoint"]:
             judge["checkpoint"] = run.path(judge["checkpoint"])
-        alone = jax.process_count() == 1
+        alone = processes.count() == 1
         if judge["kind"] == "engine" and not alone:
             raise InputError(
                 "config.reward.judge.kind=engine is for runs of one process; serve the judge with ril_jax.serve, and "
@@ -108,6 +108,13 @@ class RewardModel:
         # A part without an opinion counts as nothing, not as a reward of zero for being right or wrong.
         total = sum(weights[name] * np.nan_to_num(part, nan=0.0) for name, part in parts.items())
         return Rewards(np.asarray(total, np.float32), parts, explanations)
+
+
+def _of_this_process(path: str) -> str:
+    """The file of verdicts of this process: the first one's as it is named, the others' with their number."""
+    if not path or processes.is_first():
+        return path
+    return str(Path(path).with_suffix(f".{processes.index()}{Path(path).suffix}"))
 
 
 def judge_items(questions: Sequence[Question], responses: Sequence[Sequence[str]]) -> list[JudgeItem]:

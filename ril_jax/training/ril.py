@@ -7,14 +7,14 @@ import functools
 import json
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ril_jax import objectives, sharding
+from ril_jax import objectives, processes, sharding
 from ril_jax.config import arm_config
 from ril_jax.data.packing import PromptBatch
 from ril_jax.data.pipeline import make_iterator
@@ -26,7 +26,7 @@ from ril_jax.rewards.judge import JudgeInterrupted, RulesJudge
 from ril_jax.rewards.overlap import Verdicts
 from ril_jax.training import discriminator as discriminator_lib
 from ril_jax.training.batches import flatten_features, flatten_micro, micro_rows, put
-from ril_jax.training.collect import STUDENT, question_key, teacher_dataset
+from ril_jax.training.collect import STUDENT, Subset, question_key, teacher_dataset
 from ril_jax.training.evaluation import evaluate
 from ril_jax.training.metrics import Sample, SampleResponse, SampleTable
 from ril_jax.training.progress import Progress
@@ -42,6 +42,8 @@ from ril_jax.training.state import (
     split_micro,
 )
 
+T = TypeVar("T")
+
 
 class RilState(NamedTuple):
     """Everything on the devices that training changes: student and discriminator (None where the arm has none)."""
@@ -54,6 +56,7 @@ class Group(NamedTuple):
     """The G student responses and the teachers' responses of every question of a batch, student first.
 
     tokens, texts: B lists of S. models: S names a question. finished, sampled_logprobs: of the student's, [B, G(, R)].
+    advantages: [B, S], once they are known.
     """
 
     tokens: list[list[np.ndarray]]
@@ -61,6 +64,7 @@ class Group(NamedTuple):
     models: list[list[str]]
     finished: np.ndarray
     sampled_logprobs: np.ndarray
+    advantages: np.ndarray | None = None
 
 
 class Ril:
@@ -72,6 +76,7 @@ class Ril:
         c = self.config.ril
         self.G, self.num_teacher, self.B = c.num_generations, c.num_teacher_generations, c.batch_size
         self.micro = micro_rows(c.batch_size, c.micro_batch_size, run.buckets.shards)
+        self.layout = run.buckets.layout(self.B, self.micro)  # of the rows of a batch that this process has
         self.L = self.config.sampling.max_completion_length
         self.sees_anew = c.train_vision or c.train_projector  # image features change with every update
         self.rewards = RewardModel(run, self.config)
@@ -97,8 +102,11 @@ class Ril:
 
     # --- Algorithm 2 --------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, questions: Sequence[Question]) -> tuple[dict[str, float], Group, Rewards]:
-        """One batch of questions: sample, draw, update D, reward, update pi. Returns metrics and what was seen."""
+    def step(self, step: int, questions: Sequence[Question]) -> tuple[dict[str, float], Group, Rewards | None]:
+        """One batch of questions: sample, draw, update D, reward, update pi. Returns metrics and what was seen.
+
+        Of several processes each has its own rows of the batch (`layout`), and sees those; the metrics are of all.
+        """
         run, mu = self.run, self.config.ril.num_iterations
         prompts = run.buckets.pack_prompts([run.encoder(q) for q in questions], batch=self.B, micro=self.micro)
         pi_old = run.programs.cast(self.state.student.params | self.frozen)
@@ -109,7 +117,8 @@ class Ril:
 
         with self.rewards.judging() as verdicts:  # whatever has its text is judged beside what follows
             # Sample G student responses per question from pi_old; draw as many cached teacher responses.
-            drawn = [self.draw_teachers(step, b, question) for b, question in enumerate(questions)]
+            places = self.layout.positions.tolist()
+            drawn = [self.draw_teachers(step, b, q) for b, q in zip(places, questions, strict=True)]
             self.ask(verdicts, questions, [[r.text for r in row[: self.num_teacher]] for row in drawn])
             group = self.sample(step, questions, drawn, prompts, pi_old, features)
             self.ask(verdicts, questions, [texts[: self.G] for texts in group.texts])
@@ -121,17 +130,55 @@ class Ril:
                 logits, d_metrics = self.discriminate(step, questions, group, mu)
                 metrics |= d_metrics
             group = self.without_extra_teachers(group)
-            logits = None if logits is None else logits[:, : len(group.texts[0])]
-            rewards = self.rewards(questions, group.texts, logits, verdicts)
-        advantages = np.asarray(objectives.group_advantages(rewards.total, scale=self.config.ril.scale_rewards))
+            rewards = self.reward(questions, group, logits, verdicts)
+        seen, judge_metrics = self.seen_by_all(group, rewards, logits)
+        if logits is not None and "discriminator/accuracy" not in metrics:
+            student, teacher = seen["logits"][:, : self.G], seen["logits"][:, self.G :]
+            metrics["discriminator/accuracy"] = float(objectives.discriminator_accuracy(student, teacher))
+        advantages = np.asarray(objectives.group_advantages(seen["total"], scale=self.config.ril.scale_rewards))
+        group = group._replace(advantages=advantages[self.layout.positions])
 
         # Repeat mu times: update pi on all of them (Eq. 2).
-        metrics |= self.update_policy(step, prompts, vision, features, group, advantages)
-        return metrics | self.group_metrics(group, rewards), group, rewards
+        metrics |= self.update_policy(step, prompts, vision, features, group)
+        return metrics | self.group_metrics(seen) | judge_metrics, group, rewards
 
     def ask(self, verdicts: Verdicts | None, questions: Sequence[Question], responses: Sequence[Sequence[str]]) -> None:
         if verdicts is not None:
-            verdicts.ask(judge_items(questions, responses))
+            verdicts.ask(judge_items(self.owned(questions), self.owned(responses)))
+
+    def owned(self, rows: Sequence[T]) -> Sequence[T]:
+        """Those of this process's rows for which it answers."""
+        return [row for row, own in zip(rows, self.layout.owned, strict=True) if own]
+
+    def reward(
+        self, questions: Sequence[Question], group: Group, logits: np.ndarray | None, verdicts: Verdicts | None
+    ) -> Rewards | None:
+        """Rewards of the rows for which this process answers; None if there are none."""
+        own = self.layout.owned
+        if not own.any():
+            return None
+        logits = None if logits is None else logits[own, : len(group.texts[0])]
+        return self.rewards(self.owned(questions), self.owned(group.texts), logits, verdicts)
+
+    def seen_by_all(
+        self, group: Group, rewards: Rewards | None, logits: np.ndarray | None
+    ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """What metrics are made of, of all rows of the batch, and the judge's own metrics.
+
+        `rewards` are those of this process's own rows; None if it has none.
+        """
+        own = self.layout.owned
+        lengths = np.array([[len(t) for t in row[: self.G]] for row in group.tokens])
+        mine = {"lengths": lengths[own], "finished": group.finished[own]}
+        if logits is not None:
+            mine["logits"] = logits[own]
+        if rewards is not None:
+            mine |= {"total": rewards.total} | {f"rewards/{name}": part for name, part in rewards.parts.items()}
+        judge = self.rewards.judge.pop_metrics() if self.rewards.judge is not None else {}
+        judged = (judge, 0 if rewards is None else rewards.total.size)
+        positions = self.layout.positions[own]
+        seen, judges = processes.gather_rows(mine, positions, self.B, "rewards of a batch", beside=judged)
+        return seen, _judge_metrics(judges)
 
     def sample(
         self,
@@ -144,14 +191,16 @@ class Ril:
     ) -> Group:
         """G student responses to every question, and beside them the teachers' that were drawn."""
         run = self.run
-        keys = np.stack([question_key(run.config.seed, f"ril/{step}/{i}", q.id) for i, q in enumerate(questions)])
+        places = self.layout.positions.tolist()
+        keys = [question_key(run.config.seed, f"ril/{step}/{b}", q.id) for b, q in zip(places, questions, strict=True)]
         with self.rewards.launching():
             samples = run.sampler(
-                pi_old, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
-                put(keys, run.mesh, micro=False),
+                pi_old, put(flatten_micro(prompts, self.layout.groups), run.mesh, micro=False),
+                flatten_features(features), put(self.layout.flat(np.stack(keys)), run.mesh, micro=False),
                 num_samples=self.G, max_tokens=self.L, sampling=run.sampling_params(),
             )  # fmt: skip
-        samples = jax.device_get(samples)
+        samples = sharding.own_rows(samples._replace(steps=None), run.mesh)
+        samples = jax.tree.map(self.layout.in_order, samples)
         chat = run.student.chat
         tokens, texts, models = [], [], []
         for b, teachers in enumerate(drawn):
@@ -220,15 +269,9 @@ class Ril:
         with self.rewards.launching():
             logits = discriminator.logits(state.params, self.d_frozen, batch)
         self.state = self.state._replace(discriminator=state)
-        logits = np.asarray(jax.device_get(logits)).reshape(self.B, -1)
-        if "discriminator/accuracy" not in metrics:
-            accuracy = objectives.discriminator_accuracy(logits[:, : self.G], logits[:, self.G :])
-            metrics["discriminator/accuracy"] = float(accuracy)
-        return logits, metrics
+        return sharding.own_rows(logits, run.mesh, axis=1).reshape(len(questions), -1), metrics
 
-    def update_policy(
-        self, step: int, prompts: PromptBatch, vision, features, group: Group, advantages
-    ) -> dict[str, float]:
+    def update_policy(self, step: int, prompts: PromptBatch, vision, features, group: Group) -> dict[str, float]:
         """mu updates of pi by Eq. 2 in the group-shared form."""
         run, c = self.run, self.config.ril
         responses = run.buckets.pack_responses(group.tokens, batch=self.B, micro=self.micro)
@@ -237,10 +280,10 @@ class Ril:
             whole: np.ndarray = np.ones(mask.shape[:3], bool)
             whole[:, :, : self.G] = group.finished.reshape(whole.shape[0], -1, self.G)
             mask = mask & whole[..., None]
-        sampled: np.ndarray = np.zeros((self.B, self.G, mask.shape[-1]), np.float32)
+        sampled: np.ndarray = np.zeros((len(group.tokens), self.G, mask.shape[-1]), np.float32)
         width = min(self.L, mask.shape[-1])
         sampled[..., :width] = group.sampled_logprobs[..., :width]
-        per_row = [split_micro(values, self.B // self.micro) for values in (sampled, advantages)]
+        per_row = [split_micro(values, self.B // self.micro) for values in (sampled, group.advantages)]
         rows = put((prompts, responses, mask, *per_row), run.mesh)
         run.expect(f"ril/{self.arm}/update", rows, features)
         prompts, responses = rows[:2]
@@ -253,7 +296,7 @@ class Ril:
             pi = self.state.student.params | self.frozen
             old, _ = run.programs.score(pi, prompts, responses, features)
         tower = vision if self.sees_anew else None  # what the update needs to encode the images itself
-        normalizer = self.normalizer(mask.shape[0])
+        normalizer = sharding.put(self.normalizer(mask.shape[0]), run.mesh)
         student = self.state.student
         for _ in range(c.num_iterations):
             batch = (*rows, features, tower, old, ref, normalizer)
@@ -261,7 +304,7 @@ class Ril:
         self.state = self.state._replace(student=student)
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if not values.pop("finite"):
-            raise not_finite(run, f"ril/{self.arm}", step, values, {"rows": rows, "advantages": advantages})
+            raise not_finite(run, f"ril/{self.arm}", step, values, {"rows": rows, "advantages": group.advantages})
         tokens = max(values.pop("tokens"), 1.0)
         student_tokens = max(values.pop("student_tokens"), 1.0)
         for name in ("entropy", "sampling/logp_difference_mean"):
@@ -279,32 +322,28 @@ class Ril:
 
     # --- what is told of a step ---------------------------------------------------------------------------------------
 
-    def group_metrics(self, group: Group, rewards: Rewards) -> dict[str, float]:
+    def group_metrics(self, seen: dict[str, np.ndarray]) -> dict[str, float]:
         """Metrics by the names of the field; rewards of student and teachers apart, completions of the student only."""
-        G = self.G
-        lengths = np.array([[len(t) for t in row[:G]] for row in group.tokens])
-        finished = group.finished
-        own = rewards.total[:, :G]
+        G, total, lengths, finished = self.G, seen["total"], seen["lengths"], seen["finished"]
         metrics = {
-            "reward": float(own.mean()),
-            "reward_std": float(rewards.total.std(axis=1).mean()),
-            "frac_reward_zero_std": float((rewards.total.std(axis=1) == 0).mean()),
+            "reward": float(total[:, :G].mean()),
+            "reward_std": float(total.std(axis=1).mean()),
+            "frac_reward_zero_std": float((total.std(axis=1) == 0).mean()),
             "completions/mean_length": float(lengths.mean()),
             "completions/clipped_ratio": float(1.0 - finished.mean()),
             "completions/mean_terminated_length": float(lengths[finished].mean()) if finished.any() else 0.0,
         }
-        for name, part in rewards.parts.items():
-            metrics[f"rewards/{name}/mean"] = _mean(part[:, :G])
-            metrics[f"rewards/{name}/std"] = float(np.nanstd(part[:, :G])) if np.isfinite(part[:, :G]).any() else 0.0
-            if part.shape[1] > G:
-                metrics[f"rewards/{name}/teacher_mean"] = _mean(part[:, G:])
-        if self.rewards.judge is not None:
-            metrics |= self.rewards.judge.pop_metrics()
+        for name, part in seen.items():
+            if name.startswith("rewards/"):
+                metrics[f"{name}/mean"] = _mean(part[:, :G])
+                metrics[f"{name}/std"] = float(np.nanstd(part[:, :G])) if np.isfinite(part[:, :G]).any() else 0.0
+                if part.shape[1] > G:
+                    metrics[f"{name}/teacher_mean"] = _mean(part[:, G:])
         return metrics
 
     def sample_rows(self, questions: Sequence[Question], group: Group, rewards: Rewards) -> list[Sample]:
         """The first questions of a batch, for the table of samples."""
-        advantages = np.asarray(objectives.group_advantages(rewards.total, scale=self.config.ril.scale_rewards))
+        assert group.advantages is not None
         similarity, answer = rewards.parts.get("similarity"), rewards.parts.get("answer")
         table = []
         for b, question in enumerate(questions[: self.config.ril.samples_count]):
@@ -315,7 +354,7 @@ class Ril:
                     similarity=None if similarity is None else float(similarity[b, s]),
                     answer=None if answer is None else float(answer[b, s]),
                     judge=rewards.explanations[b][s],
-                    advantage=float(advantages[b, s]),
+                    advantage=float(group.advantages[b, s]),
                 )
                 for s in range(len(group.texts[b]))
             ]
@@ -331,7 +370,8 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
     held_out = run.dataset("eval") if config.data.eval else []
     held_out = held_out[: config.eval.num_questions] if config.eval.num_questions else held_out
     iterator = make_iterator(
-        questions, batch_size=ril.B, seed=config.seed, transform=lambda q: (run.encoder(q), q)[1],
+        questions, batch_size=ril.B, rows=ril.layout.positions, seed=config.seed,
+        transform=lambda q: (run.encoder(q), q)[1],
         prefetch=config.data.prefetch, num_threads=config.data.threads,
     )  # fmt: skip
     checkpointer, metrics = run.checkpointer(label), run.metrics(label)
@@ -344,7 +384,7 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
     metrics.rewind(start)
     table.rewind(start)
     steps = ril.config.ril.steps
-    progress = Progress(label, steps, "steps", start=start)
+    progress = Progress(label, steps, "steps", start=start, enabled=processes.is_first())
     for step in range(start + 1, steps + 1):
         batch, began = next(iterator), time.monotonic()
         try:
@@ -353,7 +393,7 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
             raise Stopped(run.stop.exit_status) from None
         values["step_time"] = time.monotonic() - began
         values["tokens_per_second"] = values["num_tokens"] / values["step_time"]
-        if table.due(step):
+        if table.due(step) and rewards is not None:
             table.write(step, ril.sample_rows(batch, group, rewards))
         if held_out and config.eval.every and (step % config.eval.every == 0 and step < steps):
             with progress.pause("evaluation"), run.counter.expected():
@@ -364,7 +404,7 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
         progress.advance(1, {k: values[k] for k in _SHOWN if k in values})
         stopping = run.stop.should_stop()
         if checkpointer.due(step) or stopping or step == steps:
-            with progress.pause("checkpoint"):
+            with progress.pause("checkpoint"), run.counter.expected():
                 metrics.flush()
                 checkpointer.save(step, ril.state, {"iterator": iterator.get_state()}, force=True)
         if stopping and step < steps:
@@ -399,24 +439,15 @@ def _ril_questions(run: Run, ril: Ril) -> Sequence[Question]:
     source = teacher_dataset(run)
     if not ril.config.ril.drop_truncated_teachers:
         return source
-    keep = [i for i in range(len(source)) if not _truncated(source[i], ril.config.teachers)]
+    mine = range(processes.index(), len(source), processes.count())
+    whole = [i for i in mine if not _truncated(source[i], ril.config.teachers)]
+    keep = sorted(i for found in processes.gather(whole, "questions without truncated responses") for i in found)
     if not keep:
         raise InputError(
             "every question has a truncated teacher response; raise config.sampling.max_completion_length or set "
             "config.ril.drop_truncated_teachers=False"
         )
-    return _Subset(source, keep)
-
-
-class _Subset(Sequence):
-    def __init__(self, source: Sequence[Question], keep: list[int]):
-        self.source, self.keep = source, keep
-
-    def __len__(self) -> int:
-        return len(self.keep)
-
-    def __getitem__(self, index):
-        return self.source[self.keep[index]]
+    return Subset(source, keep)
 
 
 def _truncated(question: Question, teachers: ConfigDict) -> bool:
@@ -466,6 +497,15 @@ def _optimizer(settings: str, learning_rate: float | None = None):
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _judge_metrics(judges: Sequence[tuple[dict[str, float], int]]) -> dict[str, float]:
+    """The metrics of one judge a process as those of one judge; each comes with the number of its verdicts."""
+    total = max(sum(count for _, count in judges), 1)
+    return {
+        name: sum(values[name] * (count / total if name.endswith("_rate") else 1) for values, count in judges)
+        for name in judges[0][0]
+    }
 
 
 def _mean(values: np.ndarray) -> float:

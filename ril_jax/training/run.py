@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ril_jax import config as config_lib
-from ril_jax import sharding
+from ril_jax import processes, sharding
 from ril_jax.compilation import CompileCounter
 from ril_jax.data.records import QuestionDataset, read_dataset
 from ril_jax.errors import InputError
-from ril_jax.models import hub
+from ril_jax.models import attention, hub
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained
 from ril_jax.sampling.logits import SamplingParams
@@ -28,7 +28,9 @@ from ril_jax.training.programs import Programs
 from ril_jax.training.progress import StageTimer, of_bytes
 
 # Fields that may differ between two starts in one workdir: they say what to do and how to show it, not what comes out.
-_FREE_FIELDS = ("stages", "arms", "workers", "xla_flags", "allow_config_change", "logging", "checkpoint", "mesh")
+_FREE_FIELDS = (
+    "stages", "arms", "workers", "xla_flags", "allow_config_change", "logging", "checkpoint", "mesh", "attention",
+)  # fmt: skip
 
 
 class Stopped(SystemExit):
@@ -53,6 +55,7 @@ class Run:
         config_lib.validate(config)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.use(mesh)
+        attention.use(config.attention)
         return cls(config, workdir, mesh, stop, CompileCounter(), StageTimer(workdir))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -114,7 +117,11 @@ class Run:
 
     @functools.cached_property
     def buckets(self) -> Buckets:
-        return Buckets.from_config(self.student.config, self.config.data, shards=sharding.num_shards(self.mesh))
+        return self.make_buckets(self.student)
+
+    def make_buckets(self, model: Pretrained) -> Buckets:
+        shards, part = sharding.num_shards(self.mesh), sharding.part(self.mesh)
+        return Buckets.from_config(model.config, self.config.data, shards=shards, part=part)
 
     @functools.cached_property
     def encoder(self) -> PromptEncoder:
@@ -127,7 +134,7 @@ class Run:
     def pi_init(self) -> Params:
         """The student before RIL, float32: what the sft stage left in this workdir, else the student's checkpoint."""
         folder = self.workdir / "sft" / "model"
-        if folder.exists():
+        if processes.decide(folder.exists, "is there an sft model"):
             return self.student_params(folder)
         return self.student_params(self.student.folder)
 
@@ -156,15 +163,16 @@ class Run:
 
     def is_done(self, label: str) -> bool:
         """Whether a stage (or an arm of it) has ended in this workdir."""
-        return (self.workdir / label / "done.json").exists()
+        return processes.decide((self.workdir / label / "done.json").exists, f"is {label} done")
 
     def mark_done(self, label: str, result: dict[str, Any]) -> None:
-        (self.workdir / label).mkdir(parents=True, exist_ok=True)
-        write_atomically(self.workdir / label / "done.json", json.dumps(result, indent=2).encode())
+        path, content = self.workdir / label / "done.json", json.dumps(result, indent=2).encode()
+        processes.by_first(lambda: write_atomically(path, content), f"{label} is done")
 
     def result(self, label: str) -> dict[str, Any]:
         """What a stage that is done has reported."""
-        return json.loads((self.workdir / label / "done.json").read_text())
+        path = self.workdir / label / "done.json"
+        return processes.decide(lambda: json.loads(path.read_text()), f"the result of {label}")
 
     def stop_if_asked(self) -> None:
         """Leave now if a signal came; for loops that have nothing to save."""

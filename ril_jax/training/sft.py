@@ -12,13 +12,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from ril_jax import sharding
+from ril_jax import processes
 from ril_jax.data.pipeline import make_iterator
 from ril_jax.data.records import Question
 from ril_jax.errors import InputError
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained, save_folder
-from ril_jax.training.batches import Buckets, PromptEncoder, micro_rows, put
+from ril_jax.training.batches import PromptEncoder, micro_rows, put
 from ril_jax.training.checkpoints import save_failed_batch
 from ril_jax.training.programs import Programs
 from ril_jax.training.progress import Progress
@@ -52,7 +52,8 @@ def train_supervised(
 ) -> Params:
     """Train `model` on the responses of `source` from the parameters that `load` gives; returns the final ones."""
     encoder = PromptEncoder(model.chat, max_length=max(run.config.data.prompt_buckets))
-    buckets = Buckets.from_config(model.config, run.config.data, shards=sharding.num_shards(run.mesh))
+    buckets, batch = run.make_buckets(model), settings.batch_size
+    micro = micro_rows(batch, settings.micro_batch_size, buckets.shards)
 
     def encode(question: Question):
         targets = [(r.text, r.finish_reason == "stop") for r in question.responses] or [(question.solution, True)]
@@ -60,19 +61,16 @@ def train_supervised(
         return encoder(question), [model.chat.encode_response(text, finished=finished) for text, finished in targets]
 
     def pack(items):
-        batch = settings.batch_size
-        micro = micro_rows(batch, settings.micro_batch_size, buckets.shards)
-        prompts = buckets.pack_prompts([p for p, _ in items], batch=batch, micro=micro)
-        responses = buckets.pack_responses([r for _, r in items], batch=batch, micro=micro, slots=slots)
-        normalizer = np.full((batch // micro,), max(responses.mask.sum(), 1), np.float32)
-        return prompts, responses, normalizer
+        prompts, responses, tokens = buckets.pack(
+            [p for p, _ in items], [r for _, r in items], batch=batch, micro=micro, slots=slots
+        )
+        return prompts, responses, np.full((batch // micro,), max(tokens, 1), np.float32)
 
     slots = max(settings.responses_per_question, 1)
     params, frozen = split_frozen(load(), train_vision=settings.train_vision, train_projector=settings.train_projector)
     optimizer = make_optimizer(settings)
-    state = run_loop(
-        run, label, source, encode, pack, settings, params, optimizer, make_update(programs.sft_loss, optimizer), frozen
-    )
+    update, rows = make_update(programs.sft_loss, optimizer), buckets.layout(batch, micro).positions
+    state = run_loop(run, label, source, rows, encode, pack, settings, params, optimizer, update, frozen)
     return state.params | frozen
 
 
@@ -80,6 +78,7 @@ def run_loop(
     run: Run,
     label: str,
     source: Sequence[Any],
+    rows: np.ndarray,
     encode: Callable[[Any], Any],
     pack: Callable[[Sequence[Any]], Any],
     settings: ConfigDict,
@@ -90,12 +89,14 @@ def run_loop(
 ) -> TrainState:
     """`settings.steps` updates on batches of `source`, resumable: `encode` an item in a thread, `pack` a batch of them.
 
+    Of every batch this process reads the items at the places `rows`.
     Raises InputError where a loss is not finite (its batch is saved), Stopped when a signal came (all is saved).
     """
     iterator = make_iterator(
         source,
         batch_size=settings.batch_size,
         seed=run.config.seed,
+        rows=rows,
         transform=encode,
         prefetch=run.config.data.prefetch,
         num_threads=run.config.data.threads,
@@ -108,7 +109,7 @@ def run_loop(
         state, start = restored.arrays, restored.step
         iterator.set_state(restored.host["iterator"])
     metrics.rewind(start)
-    progress = Progress(label, settings.steps, "steps", start=start)
+    progress = Progress(label, settings.steps, "steps", start=start, enabled=processes.is_first())
     batch = pack(next(iterator)) if start < settings.steps else None
     for step in range(start + 1, settings.steps + 1):
         position = iterator.get_state()
@@ -124,7 +125,7 @@ def run_loop(
         batch = ahead
         stopping = run.stop.should_stop()
         if checkpointer.due(step) or stopping or step == settings.steps:
-            with progress.pause("checkpoint"):
+            with progress.pause("checkpoint"), run.counter.expected():
                 metrics.flush()
                 checkpointer.save(step, state, {"iterator": position}, force=True)
         if stopping and step < settings.steps:
@@ -139,9 +140,10 @@ def run_loop(
 
 
 def not_finite(run: Run, label: str, step: int, values: dict[str, float], batch: Any) -> InputError:
-    """The error of a step whose loss or gradient is NaN or infinite; saves the batch that caused it."""
-    where = save_failed_batch(
-        run.workdir / label / "failed", batch, {"step": step, "stage": label, "metrics": repr(values)}
+    """The error of a step whose loss or gradient is NaN or infinite; saves the first process's part of its batch."""
+    note = {"step": step, "stage": label, "metrics": repr(values)}
+    where = processes.decide(
+        lambda: str(save_failed_batch(run.workdir / label / "failed", batch, note)), "where the failed batch is"
     )
     return InputError(
         f"{label}: the loss of step {step} is {values['loss']} (gradient norm {values['grad_norm']}); its batch is in "

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from ril_jax import processes as run_processes
 from ril_jax.errors import InputError
 from ril_jax.training.metrics import write_atomically
 from ril_jax.training.run import Run, Stopped
@@ -86,6 +87,11 @@ def main(argv: Sequence[str]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 2
     return 0
+
+
+def count(run: Run, tasks: int) -> int:
+    """How many processes to run `tasks` pieces in: as config.workers says, and one where the run itself has several."""
+    return min(run.config.workers, cores(), tasks) if run_processes.count() == 1 else 1
 
 
 def cores() -> int:

@@ -54,55 +54,66 @@ def test_without_repeat_the_source_is_gone_through_once(drop_remainder):
     assert set(flat(batches)) <= set(range(8))
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_share_the_global_batch_of_one_process_without_overlap(count):
+@pytest.mark.parametrize("shares", [[[0, 1, 2], [3, 4, 5]], [[0, 3], [1, 4], [2, 5]]])
+def test_processes_have_the_rows_of_the_batch_of_one_process_and_read_no_other(shares):
+    class Source(list):
+        def __init__(self):
+            super().__init__(range(50))
+            self.read = set()
+
+        def __getitem__(self, index):
+            self.read.add(index)
+            return super().__getitem__(index)
+
     alone = make_iterator(range(50), batch_size=6, seed=9)
+    sources = [Source() for _ in shares]
     together = [
-        make_iterator(range(50), batch_size=6 // count, seed=9, process_index=p, process_count=count)
-        for p in range(count)
+        make_iterator(source, batch_size=6, seed=9, rows=rows, prefetch=0)
+        for source, rows in zip(sources, shares, strict=True)
     ]
-    for _ in range(10):
-        shares = [next(iterator) for iterator in together]
-        assert sorted(flat(shares)) == sorted(next(alone))
+    for _ in range(8):  # nearly an epoch
+        whole = next(alone)
+        assert [next(iterator) for iterator in together] == [[whole[row] for row in rows] for rows in shares]
+    assert sum(len(source.read) for source in sources) == len(set.union(*(source.read for source in sources))) == 48
+    for _ in range(20):  # and across the ends of epochs
+        whole = next(alone)
+        assert [next(iterator) for iterator in together] == [[whole[row] for row in rows] for rows in shares]
 
 
 def test_processes_have_equally_many_batches_when_the_source_does_not_divide():
-    counts = [
-        len(list(make_iterator(range(11), batch_size=2, seed=0, repeat=False, process_index=p, process_count=3)))
-        for p in range(3)
-    ]
-    assert counts == [1, 1, 1]
+    counts = [len(list(make_iterator(range(11), batch_size=6, seed=0, repeat=False, rows=[p]))) for p in range(6)]
+    assert counts == [1] * 6
 
 
 def test_processes_together_see_everything_when_remainders_are_kept():
     def share(p):
         return make_iterator(
-            range(11), batch_size=2, seed=0, repeat=False, drop_remainder=False, process_index=p, process_count=3
+            range(11), batch_size=6, seed=0, repeat=False, drop_remainder=False, rows=[2 * p, 2 * p + 1]
         )
 
     assert sorted(flat(flat(list(share(p)) for p in range(3)))) == list(range(11))
 
 
+@pytest.mark.parametrize("rows", [[], [1, 0], [0, 0], [4], [-1]])
+def test_rows_that_are_none_of_the_batch_are_refused(rows):
+    with pytest.raises(ValueError, match="rows"):
+        make_iterator(range(10), batch_size=4, seed=0, rows=rows)
+
+
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize("before", [0, 2, 3, 7])  # at the start, in mid-epoch, at an epoch's end, epochs later
 def test_a_restored_iterator_gives_exactly_the_following_batches(prefetch, before):
-    def fresh(process_index):
+    def fresh(rows):
         return make_iterator(
-            range(24),
-            batch_size=4,
-            seed=3,
-            prefetch=prefetch,
-            process_index=process_index,
-            process_count=2,
-            transform=lambda item: item * 10,
+            range(24), batch_size=8, seed=3, prefetch=prefetch, rows=rows, transform=lambda item: item * 10
         )
 
-    for process_index in (0, 1):
-        iterator = fresh(process_index)
+    for rows in (None, [0, 1, 4, 5], [2, 3, 6, 7]):
+        iterator = fresh(rows)
         take(iterator, before)
         state = json.dumps(iterator.get_state())
         expected = take(iterator, 5)
-        restored = fresh(process_index)
+        restored = fresh(rows)
         take(restored, 1)  # whatever it had begun and prefetched is dropped
         restored.set_state(json.loads(state))
         assert take(restored, 5) == expected
@@ -121,10 +132,23 @@ def test_the_state_does_not_count_batches_that_are_only_prefetched():
 def test_another_number_of_processes_goes_on_from_the_same_item():
     alone = make_iterator(range(30), batch_size=4, seed=2)
     take(alone, 5)
-    pair = [make_iterator(range(30), batch_size=2, seed=2, process_index=p, process_count=2) for p in range(2)]
+    pair = [make_iterator(range(30), batch_size=4, seed=2, rows=rows) for rows in ([0, 1], [2, 3])]
     for iterator in pair:
         iterator.set_state(alone.get_state())
-    assert sorted(flat(next(iterator) for iterator in pair)) == sorted(next(alone))
+    assert flat(next(iterator) for iterator in pair) == next(alone)
+    four = [make_iterator(range(30), batch_size=4, seed=2, rows=[row]) for row in range(4)]
+    for iterator in four:
+        iterator.set_state(pair[0].get_state())
+    assert flat(next(iterator) for iterator in four) == next(alone)
+
+
+def test_another_batch_size_goes_on_where_batches_end_alike():
+    state = make_iterator(range(30), batch_size=4, seed=2).get_state() | {"next_item": 12}
+    larger = make_iterator(range(30), batch_size=6, seed=2, rows=[0, 1, 2])
+    larger.set_state(state)
+    assert larger.get_state() == state
+    with pytest.raises(InputError, match="item 14, in the midst of a batch of 6"):
+        larger.set_state(state | {"next_item": 14})
 
 
 @pytest.mark.parametrize("change", [{"source": range(31)}, {"seed": 3}, {"shuffle": False}, {"repeat": False}])

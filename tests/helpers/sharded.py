@@ -56,12 +56,14 @@ def main(folder: str, sizes: str, output: str) -> None:
     features = programs.encode(params, vision)
     sampler = Sampler(network, (1,), 0)
     keys = np.random.default_rng(1).integers(0, 2**32, (B, 2), dtype=np.uint32)
+    layout = buckets.layout(B, MICRO)
     for name, sampling in (("greedy", SamplingParams(temperature=0.0)), ("drawn", SamplingParams())):
         samples = sampler(
-            params, put(flatten_micro(packed), mesh, micro=False), flatten_features(features),
-            put(keys, mesh, micro=False), num_samples=G, max_tokens=R, sampling=sampling,
+            params, put(flatten_micro(packed, layout.groups), mesh, micro=False), flatten_features(features),
+            put(layout.flat(keys), mesh, micro=False), num_samples=G, max_tokens=R, sampling=sampling,
         )  # fmt: skip
-        out[name], out[name + "_logprobs"] = np.asarray(samples.token_ids), np.asarray(samples.logprobs)
+        drawn = [layout.in_order(np.asarray(values)) for values in (samples.token_ids, samples.logprobs)]
+        out[name], out[name + "_logprobs"] = drawn
 
     responses = [[rng.integers(10, 280, rng.integers(2, R + 1)).astype(np.int32) for _ in range(S)] for _ in range(B)]
     answers = buckets.pack_responses(responses, batch=B, micro=MICRO)

@@ -10,11 +10,13 @@ import pytest
 from helpers.internvl_folder import build_internvl_folder
 from PIL import Image
 
+from ril_jax import sharding
 from ril_jax.data.chat import ChatTokenizer
 from ril_jax.data.packing import TileRung, VisionRung
 from ril_jax.data.records import Question
 from ril_jax.errors import InputError
 from ril_jax.models.config import InternVisionConfig, ModelConfig, QwenVisionConfig, TextConfig
+from ril_jax.training import batches
 from ril_jax.training.batches import Buckets, PromptEncoder, flatten_micro
 
 RUNGS = ((256, 8, 144), 4, (12,), [24], [1024, 8, 256, 64, 64])  # of both families, as configs and the command line
@@ -146,6 +148,71 @@ def test_flattened_micro_batches_are_the_whole_batch(buckets, prompts):
     whole = buckets.pack_prompts(prompts, batch=6)._replace(vision=None, feature_index=None)
     parts = flatten_micro(buckets.pack_prompts(prompts, batch=6, micro=2))._replace(feature_index=None)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0] if a.shape[0] == 1 else a, b), whole, parts)
+
+
+PARTS = [sharding.Part((0, 2), (0, 2)), sharding.Part((1,), (1,)), sharding.Part((1,), ())]  # two hold the same
+
+
+@pytest.mark.parametrize("micro", [3, 6])
+def test_processes_pack_their_parts_of_the_batch_of_one(micro, buckets, prompts, monkeypatch):
+    """Into the same shapes, although one of them has no image, and one the longest prompt and response."""
+    buckets = dataclasses.replace(buckets, shards=3)
+    rng = np.random.default_rng(0)
+    prompts = [*prompts, prompts[1]]
+    responses = [[rng.integers(0, 9, size) for size in (int(rng.integers(1, 7)), 5)] for _ in prompts]
+    responses[0][0] = rng.integers(0, 9, 20)  # beyond the longest bucket
+    whole, answers, tokens = buckets.pack(prompts, responses, batch=6, micro=micro)
+    assert tokens == answers.mask.sum()
+    needs = {}
+    places, owned = [], []
+    for part in PARTS:  # first what each needs, then what it packs when it has heard of the others
+        mine = dataclasses.replace(buckets, part=part)
+        layout = mine.layout(6, micro)
+        places.append(layout.positions)
+        owned += layout.positions[layout.owned].tolist()
+        own = [[items[i] for i in layout.positions] for items in (prompts, responses)]
+        needs[part] = mine._needs_of_prompts(own[0], layout) | mine._needs_of_responses(own[1], layout)
+    all_needs = list(needs.values())
+    monkeypatch.setattr(batches.processes, "gather", lambda mine, _: all_needs)
+    assert micro == 6 or [] in [need["rung"] for need in all_needs]
+    assert sorted(owned) == list(range(6))
+    for part, positions in zip(PARTS, places, strict=True):
+        mine = dataclasses.replace(buckets, part=part)
+        packed = mine.pack([prompts[i] for i in positions], [responses[i] for i in positions], batch=6, micro=micro)
+        groups = micro // 3
+        rows = np.concatenate([np.arange(g * groups, (g + 1) * groups) for g in part.held])
+        expected = jax.tree.map(lambda leaf: leaf[:, rows], whole._replace(vision=None, positions=None))  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, packed[0]._replace(vision=None, positions=None), expected)
+        np.testing.assert_array_equal(packed[0].positions, whole.positions[:, :, rows])
+        images = jax.tree.map(lambda leaf: leaf[:, list(part.held)], whole.vision)  # noqa: B023
+        jax.tree.map(np.testing.assert_array_equal, packed[0].vision, images)
+        jax.tree.map(np.testing.assert_array_equal, packed[1], jax.tree.map(lambda leaf: leaf[:, rows], answers))  # noqa: B023
+        assert packed[2] == tokens
+        layout = mine.layout(6, micro)
+        flat = flatten_micro(packed[0], layout.groups).token_ids
+        np.testing.assert_array_equal(flat, layout.flat(packed[0].token_ids.reshape(-1, flat.shape[-1])))
+        np.testing.assert_array_equal(layout.in_order(flat), packed[0].token_ids.reshape(flat.shape))
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(buckets):
+    with pytest.raises(InputError, match=r"batch of 4 questions cannot be spread over 3 devices.*multiple of 3"):
+        dataclasses.replace(buckets, shards=3, part=PARTS[0]).layout(4)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_every_share_of_a_batch_is_owned_by_one_process(tensor, monkeypatch):
+    """Chips of a host need not be neighbours in the order of devices: on a v5e:4x4 they are 0, 1, 4 and 5."""
+    hosts = np.array([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3]).reshape(1, 16 // tensor, tensor)
+    devices = np.vectorize(lambda host: SimpleNamespace(process_index=host), otypes=[object])(hosts)
+    mesh = SimpleNamespace(devices=devices, shape={"data": 1, "fsdp": 16 // tensor, "tensor": tensor})
+    monkeypatch.setattr(sharding.processes, "count", lambda: 4)
+    parts = []
+    for index in range(4):
+        monkeypatch.setattr(sharding.processes, "index", lambda index=index: index)
+        parts.append(sharding.part(mesh))
+    assert parts[0].held == ((0, 1, 4, 5) if tensor == 1 else (0, 2))
+    assert all(part.held == part.owned for part in parts)
+    assert sorted(i for part in parts for i in part.owned) == list(range(16 // tensor))
 
 
 def test_batch_of_text_alone_has_no_images(buckets, prompts):
