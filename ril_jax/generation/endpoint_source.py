@@ -21,7 +21,7 @@ from ril_jax.sampling.endpoint import Endpoint, EndpointConfig, Refusal, check_p
 
 _KINDS = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}  # what every endpoint reads
 _ORIENTATION = 0x0112
-_HOPELESS = (401, 403, 404, 405)  # no question would be answered otherwise
+_HOPELESS = (401, 404, 405)  # no question would be answered otherwise
 
 
 class EndpointSource:
@@ -30,6 +30,8 @@ class EndpointSource:
     Of a request that fails again and again while others are answered, the question counts as failed; an endpoint that
     answers nothing is waited for.
     """
+
+    remote = True
 
     def __init__(self, config: ConfigDict, *, notify: Callable[[str], None]):
         """`config`: a serving_config with generate.base_url. Raises InputError where the endpoint cannot be used."""

@@ -22,6 +22,8 @@ class EngineSource:
     A response's tokens depend on the weights, the config's seed, the question's id and its number alone.
     """
 
+    remote = False
+
     def __init__(self, engine: Engine, chat: ChatTokenizer, config: ConfigDict, *, name: str):
         """`config`: a serving_config."""
         s = config.sampling

@@ -18,7 +18,7 @@ from ril_jax.generation.outcomes import Outcome, ResponseSource, question_digest
 from ril_jax.training.progress import Progress
 
 REPEATED = "duplicate id, it came before; give every row an id of its own"
-_HOPELESS = 32  # questions that fail before any is answered: then something is wrong with the job, not with them
+_HOPELESS = 32  # questions in a row that fail: then something is wrong with the job, not with them
 _GRACE = 20.0  # seconds that running questions get after a signal; a machine that is taken away leaves some 30
 
 
@@ -53,7 +53,7 @@ def run_job(
 
     read(wanted): (number, row) of the job's rows whose number is wanted, in order. concurrency: questions that are with
     the source at a time. threads: that read images and prepare questions. enabled: show progress. Raises InputError
-    where no question can be answered, or where the input has changed.
+    where no question is answered any more, or where the input has changed.
 
     At SIGTERM or SIGINT no further question is asked, those that run get `_GRACE` seconds, and SystemExit is raised
     with 128 plus the signal's number; a second signal leaves the process at once. Nothing that was kept is lost.
@@ -77,7 +77,7 @@ class _Loop:
         self._answered = any(facts.questions for facts in folder.facts.values()) or any(
             not finished.outcome.failed for shard in self._open.values() for finished in shard.kept.values()
         )
-        self._held: list[tuple[int, _Ready, Outcome]] = []  # failures before the first answer
+        self._held: list[tuple[int, _Ready, Outcome]] = []  # failures since the last answer
         self._began, self._tokens = time.monotonic(), 0
         done = folder.num_rows - sum(len(folder.rows_of(n)) - len(shard.kept) for n, shard in self._open.items())
         self._progress = Progress(f"generate {source.name}", folder.num_rows, start=done, enabled=enabled)
@@ -89,8 +89,9 @@ class _Loop:
                 self._hear()
             if self._signal:
                 self._leave()
-            if self._held:
+            if self._held and not self._answered:
                 raise self._hopeless()
+            self._record_held()
         except BaseException:
             self._progress.close(summary=False)
             raise
@@ -176,12 +177,17 @@ class _Loop:
         self._keep(number, self._running.pop(number), outcome)
 
     def _keep(self, number: int, ready: _Ready, outcome: Outcome) -> None:
-        if outcome.failed and not self._answered:
+        """Record an answer at once, and a failure when an answer after it shows that it was the question's own."""
+        if outcome.failed and (self._source.remote or not self._answered):
             self._held.append((number, ready, outcome))
             return
-        self._answered = True
+        self._answered |= not outcome.failed
+        self._record_held()
+        self._record(number, ready, outcome)
+
+    def _record_held(self) -> None:
         held, self._held = self._held, []
-        for entry in [*held, (number, ready, outcome)]:
+        for entry in held:
             self._record(*entry)
 
     def _record(self, number: int, ready: _Ready, outcome: Outcome) -> None:
@@ -212,8 +218,8 @@ class _Loop:
     def _hopeless(self) -> InputError:
         _, ready, outcome = self._held[0]
         return InputError(
-            f"no question is answered, of {len(self._held)} that were asked; the first, {ready.question.id!r}: "
-            f"{outcome.failed}"
+            f"no question is answered, of the last {len(self._held)} that were asked; the first, "
+            f"{ready.question.id!r}: {outcome.failed}"
         )
 
 

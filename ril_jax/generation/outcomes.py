@@ -37,6 +37,7 @@ class ResponseSource(Protocol):
     """Gives responses to questions, several questions at a time."""
 
     name: str  # what the responses are filed under
+    remote: bool  # whether a failure may be the source's and not the question's
 
     def prepare(self, question: Question) -> Any:
         """Everything about a question that can be done in a thread of one's own; InputError where it has no use."""

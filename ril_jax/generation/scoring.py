@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,19 +58,16 @@ def main(args: SimpleNamespace) -> int:
     done = _begin(path, header)
     wanted = _Wanted(args.model, args.responses)
     mine = range(number, len(dataset), count)
-    progress = Progress("score", len(mine))
 
     def todo() -> Iterator[Question]:
         for i in mine:
             question = dataset[i]
             if wanted(question).keys() - done.get(question.id, {}).keys():
                 yield question
-            else:
-                progress.done += 1
 
     config.checkpoint = str(folder)
     model, engine = load_engine(config, loading=of_bytes("load"))
-    progress = Progress("score", len(mine))
+    progress = Progress("score", len(mine), start=min(len(done), len(mine)))
     scored = 0
     with path.open("a", encoding="utf-8") as file:
         for id_, scores in score_questions(
@@ -105,9 +102,9 @@ def score_questions(
     engine: without a thread of its own. The end of a response counts as a token where it ended by itself. `notify` is
     told of questions that the model cannot read; they are left out.
     """
-    counts: dict[str, int] = {}
     scores: dict[str, dict[str, Score]] = {}
-    refused: list[str] = []
+    left: dict[str, int] = {}  # requests of a question that have not ended
+    ended: deque[str] = deque()
 
     def prepare(question: Question) -> list[tuple[str, ScoreRequest]] | InputError:
         try:
@@ -120,27 +117,32 @@ def score_questions(
             if isinstance(prepared, InputError):
                 notify(f"{question.id} cannot be scored: {prepared}")
                 continue
-            counts[question.id], scores[question.id] = len(prepared), {}
+            left[question.id], scores[question.id] = len(prepared), {}
             for key, request in prepared:
                 yield (question.id, key), request
 
-    def refuse(key: tuple[str, str], error: InputError) -> None:
-        id_ = key[0]
-        counts[id_] -= 1
-        notify(f"{id_}: a response cannot be scored: {error}")
-        if len(scores[id_]) == counts[id_]:
-            refused.append(id_)
+    def end(id_: str) -> None:
+        left[id_] -= 1
+        if not left[id_]:
+            ended.append(id_)
 
-    running = run_each(engine, chat, requests(), in_flight=2 * max(rows for _, rows in engine.shapes.prefill) + 2,
-                       refused=refuse)  # fmt: skip
-    for (id_, key), result in running:
+    def refuse(place: tuple[str, str], error: InputError) -> None:
+        notify(f"{place[0]}: a response cannot be scored: {error}")
+        end(place[0])
+
+    def whole() -> Iterator[tuple[str, dict[str, Score]]]:
+        while ended:
+            id_ = ended.popleft()
+            del left[id_]
+            if found := scores.pop(id_):
+                yield id_, found
+
+    in_flight = 2 * max(rows for _, rows in engine.shapes.prefill) + 2
+    for (id_, key), result in run_each(engine, chat, requests(), in_flight=in_flight, refused=refuse):
         scores[id_][key] = (float(np.sum(result.logprobs)), len(result.logprobs))
-        if len(scores[id_]) == counts[id_]:
-            yield id_, scores.pop(id_)
-        while refused:
-            last = refused.pop()
-            if scores.get(last):
-                yield last, scores.pop(last)
+        end(id_)
+        yield from whole()
+    yield from whole()
 
 
 def read_scores(paths: Sequence[str]) -> dict[str, dict[str, Score]]:

@@ -30,8 +30,8 @@ class Source:
 
     name = "some"
 
-    def __init__(self, failed=(), delay=0.0):
-        self.asked, self._failed, self._delay = [], failed, delay
+    def __init__(self, failed=(), delay=0.0, remote=False):
+        self.asked, self._failed, self._delay, self.remote = [], failed, delay, remote
         self._pool = ThreadPoolExecutor(4) if delay else None
 
     def prepare(self, question):
@@ -182,7 +182,7 @@ def test_a_shard_of_which_no_row_can_be_used_is_an_empty_file(tmp_path):
 def test_where_nothing_is_answered_nothing_is_kept_and_one_line_says_why(tmp_path):
     questions = write_questions(tmp_path / "q.jsonl", 60)
     source = Source(failed={f"q{i}": "late" for i in range(60)})
-    with pytest.raises(InputError, match="no question is answered, of 32 that were asked; the first, 'q0': refused"):
+    with pytest.raises(InputError, match="no question is answered, of the last 32 that were asked; the first, 'q0'"):
         do(source, questions, tmp_path / "out")
     assert not list((tmp_path / "out").glob("journal-*"))
     do(mended := Source(), questions, tmp_path / "out")
@@ -195,6 +195,19 @@ def test_failures_before_the_first_answer_are_kept_once_there_is_one(tmp_path):
     do(source, questions, tmp_path / "out")
     assert len(answers(tmp_path / "out")) == 9
     assert summary_of_folder(tmp_path / "out").count("\nfailed q") == 10
+
+
+def test_an_endpoint_that_refuses_all_from_some_moment_on_ends_the_job_and_fails_no_question(tmp_path):
+    """A key's budget that is used up, say; a local engine's refusals are the questions' own, however many."""
+    questions = write_questions(tmp_path / "q.jsonl", 50)
+    failed = {"q1": "late"} | {f"q{i}": "late" for i in range(5, 45)}
+    with pytest.raises(InputError, match="no question is answered, of the last 32 that were asked; the first, 'q5'"):
+        do(Source(failed=failed, remote=True), questions, tmp_path / "remote")
+    do(mended := Source(failed={"q1": "late"}, remote=True), questions, tmp_path / "remote")
+    assert mended.asked == [f"q{i}" for i in range(5, 50)]
+    assert len(answers(tmp_path / "remote")) == 49
+    do(Source(failed=failed), questions, tmp_path / "local")
+    assert len(answers(tmp_path / "local")) == 9
 
 
 def test_a_changed_question_is_refused(tmp_path):

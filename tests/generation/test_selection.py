@@ -204,6 +204,28 @@ def test_scores_are_the_log_probabilities_of_the_loaded_model(made, responses):
     assert ends == {True, False}
 
 
+def test_a_response_that_the_model_has_no_room_for_is_left_out(made):
+    """The last one of its question, and the only one of another."""
+    short, long = Response("t", "three", 1, "stop"), Response("t", "three " * 300, 300, "length")
+    dataset = [
+        Question("both", "How many?", (), "3", (short, long)),
+        Question("none", "How many?", (), "3", (long,)),
+        Question("last", "How many are there?", (), "3", (long, short)),
+    ]
+    engine, told = made.another_engine(), []
+    found = dict(
+        scoring.score_questions(
+            engine, made.model.chat, iter(dataset), scoring._Wanted(None, 0), threads=1, notify=told.append
+        )
+    )
+    engine.close()
+    assert {id_: list(scores) for id_, scores in found.items()} == {
+        "both": [response_key(short)], "last": [response_key(short)],
+    }  # fmt: skip
+    assert [line.partition(":")[0] for line in told] == ["both", "none", "last"]
+    assert "the engine's context is 128" in told[0]
+
+
 def test_scoring_goes_on_where_it_was_stopped(made, responses, tmp_path, monkeypatch, capsys):
     """The command, with an engine that is there already: begun, cut off in the middle of a line, and gone on with."""
     monkeypatch.setattr(scoring, "load_engine", lambda config, loading: (made.model, made.another_engine()))
