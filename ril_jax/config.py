@@ -188,6 +188,22 @@ def serving_config() -> ConfigDict:
     c.generate.retries = 8  # failures of a request, with others answered in between, before its question has failed
     c.generate.threads = 8  # that decode images and tokenize prompts
     c.generate.questions_per_shard = 256  # of an output file, which appears when it is whole
+
+    c.evaluate = ConfigDict()  # benchmarks; how an endpoint is asked stands in `generate`
+    c.evaluate.temperature = 0.0  # greedy
+    c.evaluate.top_p = 1.0
+    c.evaluate.top_k = 0
+    c.evaluate.repetition_penalty = 1.0
+    c.evaluate.max_tokens = 1024  # of a response
+    c.evaluate.bootstrap = 1000  # draws for the 95 % intervals
+    c.evaluate.judge = ConfigDict()  # matches, extracts and grades where a benchmark's rule leaves it to a model
+    c.evaluate.judge.kind = "none"  # "openai" (an endpoint), "engine" (a model in this process), or "none"
+    c.evaluate.judge.base_url = ""  # for "openai"
+    c.evaluate.judge.model = ""  # for "openai": which of its models, "" for its only one; its name in the results
+    c.evaluate.judge.api_key_env = ""  # for "openai"
+    c.evaluate.judge.checkpoint = ""  # for "engine", with the shapes of `engine`
+    c.evaluate.judge.dtype = "bfloat16"  # for "engine"
+    c.evaluate.judge.max_tokens = 64  # of a reply
     return c
 
 

@@ -36,7 +36,8 @@ SERVED = {
     "judge_qwen32b": ("Qwen/Qwen2.5-32B-Instruct", ModelConfig.qwen2_5("32b")),
 }
 TEACHERS = {"qwen72b": SERVED["teacher_qwen72b"], "internvl78b": SERVED["teacher_internvl78b"]}
-TRAINED = [path for path in CONFIGS if path.stem not in SERVED]
+EVALUATED = {"evaluate"}
+TRAINED = [path for path in CONFIGS if path.stem not in {*SERVED, *EVALUATED}]
 
 
 def load(stem: str, *overrides: str, arg: str = "") -> ConfigDict:
@@ -62,7 +63,7 @@ def test_config_is_valid_and_so_is_every_arm_of_it(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_has_no_field_that_the_defaults_lack(path):
     """Users' own names stand in `teachers`, and in `models` and `phases` of `prepare`; everything else is known."""
-    known = dotted(config_lib.serving_config() if path.stem in SERVED else config_lib.default_config())
+    known = dotted(config_lib.default_config() if path in TRAINED else config_lib.serving_config())
     free = ("teachers.", "prepare.models.")
     found = dotted(cli.load_config(str(path)))
     assert [name for name in found if name not in known and not name.startswith(free)] == []

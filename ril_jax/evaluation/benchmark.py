@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from ril_jax.errors import InputError
 from ril_jax.evaluation.asking import choice_messages, read_choice
+from ril_jax.evaluation.numbers import final_answer, same_text
 from ril_jax.evaluation.options import match_option
 from ril_jax.evaluation.rows import Row
 
@@ -87,21 +88,24 @@ class MultipleChoice(Benchmark):
         options = "".join(f"{letter}. {text}\n" for letter, text in row.options.items())
         return f"{hint}Question: {row.need('question')}\n" + (f"Options:\n{options}{SELECT}" if options else "")
 
+    def options(self, row: Row) -> dict[str, str]:
+        return row.options
+
     def parse(self, row: Row, response: str) -> str | None:
-        if row.options:
-            return match_option(response, row.options)
-        return match_option(response, {"A": row.need("answer")}) and row.need("answer")
+        if options := self.options(row):
+            return match_option(response, options)
+        return row.need("answer").strip() if same_text(final_answer(response), row.need("answer")) else None
 
     def score(self, row: Row, parsed: str) -> float:
         return float(parsed == row.need("answer").strip())
 
     def judge_messages(self, row: Row, response: str) -> list[dict[str, str]]:
-        return choice_messages(row.need("question"), row.options or {"A": row.need("answer")}, response)
+        return choice_messages(row.get("question"), self.options(row) or {"A": row.need("answer")}, response)
 
     def read_judge(self, row: Row, reply: str) -> str | None:
-        if row.options:
-            return read_choice(reply, row.options)
-        return read_choice(reply, {"A": row.need("answer")}) and row.need("answer")
+        if options := self.options(row):
+            return read_choice(reply, options)
+        return read_choice(reply, {"A": row.need("answer")}) and row.need("answer").strip()
 
     def answer(self, row: Row) -> str:
         answer = row.need("answer").strip()

@@ -12,7 +12,9 @@ import uvicorn
 @contextlib.contextmanager
 def running(service: Any) -> Iterator[str]:
     """The address of `service.app`; `service.close` is called at the end."""
-    server = uvicorn.Server(uvicorn.Config(service.app, port=0, log_level="warning", lifespan="off", ws="none"))
+    # log_config: uvicorn's own closes the streams of other handlers, and with absl's the one that pytest captures.
+    settings = uvicorn.Config(service.app, port=0, log_level="warning", log_config=None, lifespan="off", ws="none")
+    server = uvicorn.Server(settings)
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -2,7 +2,6 @@
 
 from ril_jax.evaluation.benchmark import MultipleChoice, Part, in_place
 from ril_jax.evaluation.benchmarks.mmmu import MARKS
-from ril_jax.evaluation.options import match_option
 from ril_jax.evaluation.rows import LETTERS, Row
 
 _DIRECT = "Answer directly with the option letter from the given choices. "
@@ -22,20 +21,10 @@ class MMMUPro(MultipleChoice):
         text = f"Question: {row.need('question')}\nOptions:\n{options}{_DIRECT}"
         return in_place(text, row.num_images, MARKS, row.where)
 
-    def parse(self, row: Row, response: str) -> str | None:
-        return match_option(response, _options(row))
-
-    def judge_messages(self, row: Row, response: str) -> list[dict[str, str]]:
-        asked = (
-            row if not _is_picture(row) else Row(row.index, {**row.fields, "question": "(in the picture)"}, row.where)
-        )
-        return super().judge_messages(asked, response)
+    def options(self, row: Row) -> dict[str, str]:
+        """Where the picture has the options, only their letters are known."""
+        return row.options or dict.fromkeys(LETTERS[:10], "")
 
 
 def _is_picture(row: Row) -> bool:
     return row.part.startswith("MMMU_Pro_V")
-
-
-def _options(row: Row) -> dict[str, str]:
-    """Where the picture has the options, only their letters are known."""
-    return row.options or dict.fromkeys(LETTERS[:10], "")
