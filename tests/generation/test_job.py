@@ -105,8 +105,16 @@ def test_killed_before_any_of_its_steps_it_goes_on_and_gives_the_same(tmp_path, 
     expected, facts = answers(tmp_path / "whole"), read_facts(tmp_path / "whole")
     assert list(expected) == ["q0", "q2", "q3"]
     assert whole.asked == ["q0", "q2", "q3", "q4"]
-    step, alive = 0, True
+    step, alive, recorded = 0, True, set()
+    record = JobFolder.record
+
+    def recording(self, row, finished):
+        record(self, row, finished)
+        recorded.add(finished.id)
+
+    monkeypatch.setattr(JobFolder, "record", recording)
     while alive:
+        recorded.clear()
         step, output = step + 1, tmp_path / f"killed-{step}"
         first, second = Source(failed={"q4": "late"}), Source(failed={"q4": "late"})
         with killed_at(step, monkeypatch), contextlib.suppress(Killed):
@@ -114,6 +122,7 @@ def test_killed_before_any_of_its_steps_it_goes_on_and_gives_the_same(tmp_path, 
             alive = False
         kept = {line["id"] for path in output.glob("journal-*") for line in map(json.loads, path.open())}
         kept |= {id_ for path in output.glob("shard-*.json") for id_ in json.loads(path.read_text())["ids"]}
+        assert recorded <= kept, step
         do(second, questions, output)
         assert not kept & set(second.asked), step
         assert kept | set(second.asked) == {"q0", "q2", "q3", "q4"}, step
