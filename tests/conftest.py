@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from ril_jax import sharding
+from ril_jax.models import attention
+
 sys.path.insert(0, str(Path(__file__).parent))  # `from helpers import hf_models`
+
+
+@pytest.fixture(autouse=True)
+def mesh_and_backend_end_with_the_test():
+    """A plan's mesh of absent chips, or a backend under test, is none for the tests that follow."""
+    mesh, backend = sharding.mesh_in_use(), attention.chosen()
+    yield
+    sharding.use(mesh)
+    attention.use(backend)
 
 
 @pytest.fixture(scope="session")

@@ -5,32 +5,42 @@ order, so rows may share pages; layer l keeps page p at l * num_pages + p, so th
 pool. Page 0 takes what rows that are idle write.
 """
 
+import contextlib
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ril_jax import sharding
+from ril_jax.models import attention
 from ril_jax.models.config import TextConfig
 from ril_jax.models.layers import scan_layers
 from ril_jax.models.qwen2 import Qwen2
 
 _MASKED = -1e30
+_LANES = 128  # the TPU's kernel reads pages of heads that are a multiple of this wide
+_TOKENS_OF_A_BLOCK = 512  # that the TPU's kernel reads at a time
 
 
 class PagePool(NamedTuple):
-    """Keys and values of all layers, [K, L * num_pages, page_size, H] each."""
+    """Keys and values of all layers, [K, L * num_pages, page_size, W] each.
+
+    W is the head width, for the TPU's kernel up to the next multiple of 128, filled with zeros: a TPU's memory pads the
+    last axis of a page so far in any case.
+    """
 
     k: jax.Array
     v: jax.Array
 
     @classmethod
     def shape(cls, config: TextConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
-        """The shape of `k` and of `v`."""
-        return (config.num_key_value_heads, config.num_hidden_layers * num_pages, page_size, config.head_dim)
+        """The shape of `k` and of `v` for the backend in use."""
+        width = config.head_dim if attention.backend() == "xla" else -(-config.head_dim // _LANES) * _LANES
+        return (config.num_key_value_heads, config.num_hidden_layers * num_pages, page_size, width)
 
 
-def run_chunk(text: Qwen2, x, positions, pool: PagePool, tables, start, length, *, layers=None, block: int = 256,
-              kernel: str = "xla"):  # fmt: skip
+def run_chunk(text: Qwen2, x, positions, pool: PagePool, tables, start, length, *, layers=None, block: int = 256):
     """Hidden states of the next `length` tokens of every row, whose keys and values go into the row's pages.
 
     Args:
@@ -38,8 +48,8 @@ def run_chunk(text: Qwen2, x, positions, pool: PagePool, tables, start, length, 
       tables: [B, M] int32, the pages of each row's text in order. start: [B] int32, tokens in the cache before.
       length: [B] int32, tokens of this chunk that are real; the rest (and all of a row with 0) write to page 0.
       layers: the layers one by one (`layers.unstack`), instead of a scan over them.
-      block: tokens that attention reads at a time (a multiple of the page size); results do not depend on how much
-        other rows hold. kernel: "xla", or "pallas" for the TPU's paged kernel (C = 1, H a multiple of 128).
+      block: tokens that plain attention reads at a time (a multiple of the page size); results do not depend on how
+        much other rows hold. Single tokens (C = 1) go through the TPU's paged kernel where that is the backend.
 
     Returns: (hidden [B, C, D] after the final norm, pool).
     """
@@ -58,11 +68,11 @@ def run_chunk(text: Qwen2, x, positions, pool: PagePool, tables, start, length, 
 
         def attend(q, k, v):
             rows = base + page
+            q, k, v = (_widened(a, pool.k.shape[-1]) for a in (q, k, v))
             new = (jnp.moveaxis(a, 2, 0) for a in (k, v))  # heads first
             written = PagePool(*(p.at[:, rows, offset].set(a.astype(p.dtype)) for p, a in zip(pool, new, strict=True)))
-            if kernel == "pallas":
-                return _pallas_attention(q, written, base + tables, context), written
-            return paged_attention(q, written, base + tables, at, context, block=block), written
+            out = paged_attention(q * text.config.head_dim**-0.5, written, base + tables, at, context, block=block)
+            return out[..., : text.config.head_dim], written
 
         x, pool = layer(x, rope, attend)
         return (x, pool), None
@@ -77,17 +87,19 @@ def run_chunk(text: Qwen2, x, positions, pool: PagePool, tables, start, length, 
 
 
 def paged_attention(q, pool: PagePool, tables, at, context, *, block: int):
-    """Causal attention of each row's queries to its own pages, block by block, in plain XLA.
+    """Causal attention of each row's queries to its own pages, block by block.
 
     What a row gets does not depend, not by one bit, on the other rows and how much they hold.
 
     Args:
-      q: [B, C, N, H]. tables: [B, M] pages of this layer. at: [B, C] place of each query in its text.
+      q: [B, C, N, H], scaled. tables: [B, M] pages of this layer. at: [B, C] place of each query in its text.
       context: [B] tokens of each row that are written. block: tokens a step, a multiple of the page size.
 
     Returns: [B, C, N, H]; finite values without meaning where a query has nothing to see.
     """
     if q.shape[1] == 1:  # the query stands at the end of its row
+        if attention.backend() == "pallas":
+            return _kernel_attention(q[:, 0], pool, tables, context)[:, None]
         return _attention_of_last(q[:, 0], pool, tables, context, block=block)[:, None]
     return _attention_of_chunks(q, pool, tables, at, context, block=block)
 
@@ -109,21 +121,18 @@ def _attention_of_last(q, pool: PagePool, tables, context, *, block: int):
     listed = jnp.arange(B * most)
     row = jnp.minimum(jnp.sum(ends[None] <= listed[:, None], axis=1), B - 1)
     number = jnp.clip(listed - (ends - count)[row], 0, most - 1)
-    q = (q * (H**-0.5)).reshape(B, K, N // K, H)
+    q = q.reshape(B, K, N // K, H)
 
     def step(i, carry):
         rows, numbers = (jax.lax.dynamic_slice_in_dim(a, i * B, B) for a in (row, number))
-        k, v = (jnp.take(p, tables[rows, numbers], axis=1) for p in pool)  # [K, B, pages, page, H]
-        scores = jnp.einsum("bkgh,kbpth->bkgpt", q[rows], k.astype(q.dtype), preferred_element_type=jnp.float32)
-        place = numbers[:, None] * width + jnp.arange(width)
-        seen = (place < context[rows][:, None]).reshape(B, 1, 1, pages, page_size)
-        scores = jnp.where(seen, scores, _MASKED)
-        top = scores.max(axis=(-2, -1))
-        weights = jnp.exp(scores - top[..., None, None])
-        out = jnp.einsum(
-            "bkgpt,kbpth->bkgh", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=jnp.float32
-        )
-        new = (top, weights.sum(axis=(-2, -1)), out)
+        k, v = (_pages_of_rows(p, tables[rows, numbers]).astype(q.dtype) for p in pool)
+        scores = jnp.einsum("bkgh,bkth->bkgt", q[rows], k, preferred_element_type=jnp.float32)
+        seen = numbers[:, None] * width + jnp.arange(width) < context[rows][:, None]
+        scores = jnp.where(seen[:, None, None], scores, _MASKED)
+        top = scores.max(axis=-1)
+        weights = jnp.exp(scores - top[..., None])
+        out = jnp.einsum("bkgt,bkth->bkgh", weights.astype(q.dtype), v, preferred_element_type=jnp.float32)
+        new = (top, weights.sum(axis=-1), out)
         return tuple(jax.lax.dynamic_update_slice_in_dim(a, n, i * B, 0) for a, n in zip(carry, new, strict=True))
 
     shape = (B * most, K, N // K)
@@ -138,6 +147,15 @@ def _attention_of_last(q, pool: PagePool, tables, context, *, block: int):
     return out.reshape(B, N, H).astype(q.dtype)
 
 
+def _pages_of_rows(pool, tables):
+    """The pages `tables` [B, n] of a pool [K, P, page, H], head by head: [B, K, n * page, H]."""
+    K, _, page, H = pool.shape
+    numbers = jax.lax.GatherDimensionNumbers(offset_dims=(1, 3, 4), collapsed_slice_dims=(1,), start_index_map=(1,))
+    mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    found = jax.lax.gather(pool, tables[..., None], numbers, (K, 1, page, H), mode=mode)
+    return found.reshape(tables.shape[0], K, -1, H)
+
+
 def _attention_of_chunks(q, pool: PagePool, tables, at, context, *, block: int):
     """Attention with a running softmax over the blocks of the longest row; for shorter rows a further block changes
     nothing."""
@@ -148,7 +166,7 @@ def _attention_of_chunks(q, pool: PagePool, tables, at, context, *, block: int):
     short = -tables.shape[1] % pages
     tables = jnp.pad(tables, ((0, 0), (0, short)))
     # Heads first, as the pool has them; queries of one key-value head and all its tokens are one matrix.
-    q = (q * (H**-0.5)).reshape(B, C, K, N // K, H).transpose(2, 0, 3, 1, 4).reshape(K, B, N // K * C, H)
+    q = q.reshape(B, C, K, N // K, H).transpose(2, 0, 3, 1, 4).reshape(K, B, N // K * C, H)
 
     def step(i, carry):
         top, total, out = carry
@@ -177,15 +195,30 @@ def _attention_of_chunks(q, pool: PagePool, tables, at, context, *, block: int):
     return out.astype(q.dtype)
 
 
-def _pallas_attention(q, pool: PagePool, tables, context, *, pages_per_block: int = 8):
-    """One query a row through the TPU's paged attention kernel (same layout of pages)."""
+def _kernel_attention(q, pool: PagePool, tables, context):
+    """One query a row, [B, N, W], through the TPU's paged kernel: rows over data and fsdp, heads over tensor.
+
+    Rows that hold nothing read one token without meaning. Interpreted where the platform is not a TPU.
+    """
+    from ril_jax.models.attention_pallas import over_mesh  # Pallas is loaded where it is used
+
+    pages = max(1, _TOKENS_OF_A_BLOCK // pool.k.shape[2])
+    tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % pages)))
+    rows = (tables, jnp.maximum(context, 1))
+    local = functools.partial(_kernel, pages=pages)
+    return over_mesh(local, q, *pool, rows, over_rows=True, axis=1, kv_axis=0).astype(q.dtype)
+
+
+def _kernel(q, k, v, rows, *, pages: int):
+    from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as kernel
 
-    B, C, N, H = q.shape
-    short = -tables.shape[1] % pages_per_block
-    tables = jnp.pad(tables, ((0, 0), (0, short)))
-    out = kernel(
-        q[:, 0] * (H**-0.5), pool.k, pool.v, jnp.maximum(context, 1), tables,
-        pages_per_compute_block=pages_per_block,
-    )  # fmt: skip
-    return out.reshape(B, C, N, H).astype(q.dtype)
+    tables, context = rows
+    how = contextlib.nullcontext() if sharding.platform() == "tpu" else pltpu.force_tpu_interpret_mode()
+    with how:
+        return kernel(q, k, v, context, tables, pages_per_compute_block=pages)
+
+
+def _widened(a, width: int):
+    """[..., H] -> [..., width], zeros after H."""
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, width - a.shape[-1])])

@@ -21,7 +21,7 @@ class VisionInputs(NamedTuple):
 
     patches: [X, 3*2*14*14] float; positions: [X, 2] int32 (row, column of the patch in its image)
     window_index: [W, S] int32 and window_slot: [X] int32; frame_index: [I, M] int32 and frame_slot: [X] int32:
-    the two segmentations, as `attention.segment_attention` takes them.
+    the two segmentations, as `attention.window_attention` takes them.
     """
 
     patches: jax.Array
@@ -83,10 +83,10 @@ class VisionTower(nnx.Module):
         x = self.patch_embed(inputs.patches.astype(dtype))
 
         def windows(q, k, v):
-            return attention.segment_attention(q, k, v, inputs.window_index, inputs.window_slot)
+            return attention.window_attention(q, k, v, inputs.window_index, inputs.window_slot)
 
         def frames(q, k, v):
-            return attention.segment_attention(q, k, v, inputs.frame_index, inputs.frame_slot)
+            return attention.frame_attention(q, k, v, inputs.frame_index, inputs.frame_slot)
 
         full = np.isin(np.arange(c.depth), c.fullatt_block_indexes)
         if unroll is True or c.depth <= 4:  # the kind of every block is known while tracing

@@ -40,7 +40,8 @@ class VisionLanguageModel(nnx.Module):
             return one(inputs)
         if len(inputs.patches) == 1:
             return one(jax.tree.map(lambda a: a[0], inputs))[None]
-        return sharding.constrain(jax.vmap(one)(sharding.constrain(inputs, "batch")), "batch")
+        encode = jax.vmap(one, spmd_axis_name=sharding.batch_axes(len(inputs.patches)))
+        return sharding.constrain(encode(sharding.constrain(inputs, "batch")), "batch")
 
     def embed(self, token_ids, features, feature_index, *, dtype):
         """Token embeddings [B, T, D] with image features put in at the placeholders.

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ril_jax import sharding
+from ril_jax.models import attention
 from ril_jax.planning.chips import Topology
 from ril_jax.planning.compiling import Program
 from ril_jax.planning.training import abstract_params, model_config
@@ -24,6 +25,7 @@ class ServingPlan:
     def __init__(self, config: ConfigDict, topology: Topology, mesh: Mesh):
         self.config, self.topology, self.mesh = config, topology, mesh
         sharding.use(mesh)
+        attention.use(config.attention)
         self.model = model_config(config.checkpoint)
         network = make_network(self.model)
         self.shapes = engine_shapes(config.engine, max_positions=self.model.text.max_position_embeddings)

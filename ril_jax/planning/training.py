@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ril_jax import sharding
 from ril_jax.data.packing import PromptBatch, ResponseBatch, TileRung, VisionRung
 from ril_jax.errors import InputError
+from ril_jax.models import attention
 from ril_jax.models.config import InternVisionConfig, ModelConfig
 from ril_jax.models.internvl3 import TileInputs
 from ril_jax.models.parameters import Network
@@ -54,6 +55,7 @@ class TrainingPlan:
     def __init__(self, config: ConfigDict, topology: Topology, mesh: Mesh):
         self.config, self.topology, self.mesh = config, topology, mesh
         sharding.use(mesh)
+        attention.use(config.attention)
         self.model = model_config(config.student.checkpoint)
         self.network = make_network(self.model)
         student = config.student

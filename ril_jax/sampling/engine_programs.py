@@ -138,7 +138,6 @@ class EnginePrograms:
     token_limit: int
     dtype: Any
     unroll: bool = False
-    kernel: str = "xla"
 
     def new_state(self) -> EngineState:
         """An empty cache."""
@@ -335,7 +334,7 @@ class EnginePrograms:
             x = model.text.embed(tokens)[:, None].astype(self.dtype)
             hidden, pool = run_chunk(
                 model.text, x, s.position[:, None], s.pool, control.tables, s.length, going.astype(jnp.int32),
-                layers=layers, block=self.shapes.attention_block, kernel=self.kernel,
+                layers=layers, block=self.shapes.attention_block,
             )  # fmt: skip
             return Loop(
                 s.t + 1, pool, jnp.where(going[:, None], hidden[:, 0].astype(s.hidden.dtype), s.hidden), seen,

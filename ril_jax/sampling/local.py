@@ -11,6 +11,7 @@ from ril_jax import sharding
 from ril_jax.compilation import CompileCounter
 from ril_jax.data.chat import ChatTokenizer
 from ril_jax.errors import InputError
+from ril_jax.models import attention
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained
 from ril_jax.sampling.engine import Engine
@@ -62,10 +63,12 @@ def make_engine(
     dtype: Any,
     counter: CompileCounter | None = None,
 ) -> Engine:
-    """An engine over `params` (not yet warmed up); `config` as of `config.engine_config`."""
+    """An engine over `params` (not yet warmed up); `config` as of `config.engine_config`.
+
+    Its programs are for this mesh, which is in use from here on.
+    """
+    sharding.use(mesh)
     shapes = engine_shapes(config, max_positions=model.config.text.max_position_embeddings)
-    platform = mesh.devices.flat[0].platform
-    on_tpu = platform == "tpu" and model.config.text.head_dim % 128 == 0 and mesh.size == 1
     programs = EnginePrograms(
         model.network,
         model.config,
@@ -74,8 +77,7 @@ def make_engine(
         model.chat.eos_token_ids,
         model.chat.vocab_size,
         jnp.dtype(dtype),
-        unroll=platform == "cpu",
-        kernel="pallas" if on_tpu else "xla",
+        unroll=sharding.platform() == "cpu",
     )
     return Engine(programs, params, image_token_id=model.chat.image_token_id, counter=counter)
 
@@ -95,6 +97,7 @@ def load_engine(
     limits = {name: config[name] or None for name in ("min_pixels", "max_pixels", "max_tiles")}
     model = Pretrained.open(config.checkpoint, **limits)
     mesh = sharding.make_mesh(**config.mesh)
+    attention.use(config.attention)
     params = model.load_params(mesh, dtype=jnp.dtype(config.dtype), progress=loading)
     engine = make_engine(model, params, config.engine, mesh, dtype=config.dtype)
     engine.warm_up(progress)

@@ -9,10 +9,9 @@ import pytest
 import torch
 from helpers import hf_models
 from helpers.engines import DRAWN, FILTERED, GREEDY, SHAPES, make_engine
-from jax.experimental.pallas import tpu as pltpu
 
 from ril_jax.errors import InputError
-from ril_jax.models import paged
+from ril_jax.models import attention, paged
 from ril_jax.sampling.requests import Request, Scored, ScoreRequest, Tokens
 
 
@@ -259,7 +258,8 @@ def test_attention_by_the_kernel_of_the_tpu_equals_the_plain_one():
     tables = jnp.asarray(rng.permutation(np.arange(1, pages))[:9].reshape(B, 3), jnp.int32)
     context = jnp.asarray([5, 48, 17], jnp.int32)
     q = jnp.asarray(rng.normal(size=(B, 1, N, H)), jnp.float32)
-    plain = paged.paged_attention(q, pool, tables, (context - 1)[:, None], context, block=32)
+    scaled = q * H**-0.5
+    plain = paged.paged_attention(scaled, pool, tables, (context - 1)[:, None], context, block=32)
     out = np.zeros((B, N, H))
     for b in range(B):
         k, v = (np.asarray(p)[:, np.asarray(tables[b])].reshape(K, -1, H)[:, : int(context[b])] for p in pool)
@@ -268,6 +268,6 @@ def test_attention_by_the_kernel_of_the_tpu_equals_the_plain_one():
             p = np.exp(s - s.max())
             out[b, n] = p / p.sum() @ v[n // (N // K)]
     np.testing.assert_allclose(plain[:, 0], out, atol=1e-5)
-    with pltpu.force_tpu_interpret_mode():
-        kernel = paged._pallas_attention(q, pool, tables, context)
+    attention.use("pallas")
+    kernel = paged.paged_attention(scaled, pool, tables, (context - 1)[:, None], context, block=32)
     np.testing.assert_allclose(kernel[:, 0], out, atol=1e-2)  # the kernel multiplies in bfloat16
