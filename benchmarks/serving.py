@@ -8,8 +8,8 @@ second one with an image of 112 x 112 pixels, no two alike; each asks for its ow
 so that every doubling is as likely, greedily and without an end-of-sequence token. A stream is a client that sends its
 next request when it has read the last one to its end; so many run at a time.
 
-- transformers takes the requests in the order in which they come, in batches of as many as there are
-  streams, half and a quarter as many, padded on the left, each until its longest answer is done; the best of these sizes is shown.
+- transformers takes the requests in the order in which they come, in batches of as many as there are streams, half and
+  a quarter as many, padded on the left, each until its longest answer is done; the best of these sizes is shown.
 - `engine`: our engine in this process, without HTTP. `server`: streams over HTTP to the other process; the clients
   live in this one and share the cores with it.
 
@@ -91,8 +91,8 @@ def get_config(folder: str = "") -> ConfigDict:
     """The server's config: this file is what --config names."""
     c = serving_config()
     c.checkpoint, c.dtype, c.server.model_name = folder, "float32", "tiny"
-    c.engine.update({"slots": 64, "small_slots": 8, "max_model_len": 512, "page_size": 32, "attention_block": 128})
-    c.engine.update({"prefill": ((64, 4), (128, 4)), "decode_steps": 8, "feature_rows": 1024})
+    c.engine.update({"slots": 64, "small_slots": 8, "max_model_len": 512, "page_size": 32, "attention_block": 64})
+    c.engine.update({"prefill": ((64, 2), (96, 2), (128, 2)), "decode_steps": 8, "feature_rows": 1024})
     return c
 
 

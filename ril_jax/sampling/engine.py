@@ -501,25 +501,24 @@ class Engine:
     def _decode(self) -> None:
         """A few tokens for every slot, and the news of them."""
         taken = [sample for sample in self._slots if sample is not None]
-        highest = max(sample.slot for sample in taken) + 1
-        slots = next(count for count in self.shapes.slot_counts() if count >= highest)
+        slots = next(count for count in self.shapes.slot_counts() if count >= len(taken))
         full = any(sample.job.request.full for sample in taken)
-        cut = jax.tree.map(lambda a: a[:slots] if np.ndim(a) else a, self._control)
+        cut = self._control.of_slots([sample.slot for sample in taken], slots)
         cut = cut._replace(steps=np.int32(self.shapes.decode_steps))
         self._state, drawn = self.programs.decode(slots, full)(self.params, self._state, cut)
         drawn = jax.device_get(drawn)
         self.stats.decode_calls += 1
         self.stats.decode_steps += int(drawn.mask.sum(axis=1).max())
-        for sample in taken:
-            self._take_drawn(sample, drawn)
+        for row, sample in enumerate(taken):
+            self._take_drawn(sample, drawn, sample.slot if slots == self.shapes.slots else row)
 
-    def _take_drawn(self, sample: Sample, drawn: Any) -> None:
+    def _take_drawn(self, sample: Sample, drawn: Any, row: int) -> None:
         slot, job, control = sample.slot, sample.job, self._control
-        mask = drawn.mask[slot]
+        mask = drawn.mask[row]
         count = int(mask.sum())
         sample.drawn += count
         self.stats.generated_tokens += count
-        ended = bool(drawn.ended[slot])
+        ended = bool(drawn.ended[row])
         finish: FinishReason | None = "stop" if ended else "length" if sample.drawn >= job.limit else None
         # The last token drawn is in no cache when the sample has ended, else all of them are.
         control.length[slot] += count
@@ -528,10 +527,10 @@ class Engine:
         top = None
         wanted = job.request.top_logprobs
         if wanted and drawn.top_ids is not None and drawn.top_logprobs is not None:
-            top = [(drawn.top_ids[slot, t, :wanted], drawn.top_logprobs[slot, t, :wanted]) for t in range(count)]
+            top = [(drawn.top_ids[row, t, :wanted], drawn.top_logprobs[row, t, :wanted]) for t in range(count)]
         if finish is not None:
             self._leave(sample)
-        ids, logprobs = drawn.token_ids[slot, :count].tolist(), drawn.logprobs[slot, :count].tolist()
+        ids, logprobs = drawn.token_ids[row, :count].tolist(), drawn.logprobs[row, :count].tolist()
         job.notify(Tokens(sample.index, ids, logprobs, top, finish))
 
     def _leave(self, sample: Sample) -> None:

@@ -10,7 +10,7 @@ decode    a few tokens for every slot
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +33,8 @@ class EngineShapes:
     """Everything that decides which programs there are.
 
     Attributes:
-      slots: responses that are decoded at once. small_slots: a smaller number of slots, decoded by a program of its own
-        while no more are taken (0: none).
+      slots: responses that are decoded at once. small_slots: the smallest number for which there is a decode program of
+        its own, used while no more are taken (0: none); others follow, each for four times as many.
       max_model_len: tokens of prompt and response together. page_size: tokens a page. num_pages: of the pool, page 0
         included.
       prefill: (tokens, rows) of each prefill program; the largest tokens is the chunk that prompts are cut into.
@@ -63,7 +63,10 @@ class EngineShapes:
 
     def slot_counts(self) -> tuple[int, ...]:
         """Slots of each decode program, ascending."""
-        small = (self.small_slots,) if 0 < self.small_slots < self.slots else ()
+        small, count = [], self.small_slots
+        while 0 < count < self.slots:
+            small.append(count)
+            count *= 4
         return (*small, self.slots)
 
 
@@ -98,8 +101,8 @@ class Control(NamedTuple):
     """What a decode call is told of each slot, [S] unless said otherwise.
 
     tables [S, M]; length: tokens in the cache; position: rotary, of the next token; drawn: response tokens so far;
-    limit: response tokens at most; active, ignore_eos bool; keys [S, 2] uint32; params: how to draw; steps []: tokens
-    at most.
+    limit: response tokens at most; active, ignore_eos bool; keys [S, 2] uint32; params: how to draw; slot: its number,
+    or that of no slot; steps []: tokens at most.
     """
 
     tables: np.ndarray
@@ -111,7 +114,18 @@ class Control(NamedTuple):
     ignore_eos: np.ndarray
     keys: np.ndarray
     params: RowParams
+    slot: np.ndarray
     steps: np.ndarray | np.int32
+
+    def of_slots(self, numbers: Sequence[int], count: int) -> "Control":
+        """Of these slots only, in an array of `count` rows; what is beyond them does nothing."""
+        missing = len(self.slot)
+        rows: np.ndarray = np.full((count,), missing, np.int32)
+        rows[: len(numbers)] = numbers
+        if count == missing:  # all slots, each in its place
+            rows = np.arange(count, dtype=np.int32)
+        cut = jax.tree.map(lambda a: a[np.minimum(rows, missing - 1)] if np.ndim(a) else a, self)
+        return cut._replace(slot=rows, active=cut.active & (rows < missing))
 
 
 class Drawn(NamedTuple):
@@ -344,16 +358,20 @@ class EnginePrograms:
 
         width = min(TOP_LOGPROBS, V)
         top = (jnp.zeros((S, R, width), jnp.int32), jnp.zeros((S, R, width), jnp.float32)) if full else None
+        # A program for all slots has them in their places; rows of a smaller one are of whatever slots are taken.
+        every = self.shapes.slots == S
+        pick = lambda array: array if every else jnp.take(array, control.slot, axis=0, mode="clip")  # noqa: E731
         loop = Loop(
-            jnp.int32(0), state.pool, state.hidden[:S], state.seen[:S], control.length, control.position,
+            jnp.int32(0), state.pool, pick(state.hidden), pick(state.seen), control.length, control.position,
             control.drawn, ~control.active, jnp.zeros((S,), bool),
             jnp.zeros((S, R), jnp.int32), jnp.zeros((S, R), jnp.float32), jnp.zeros((S, R), bool), top,
         )  # fmt: skip
         loop = jax.lax.while_loop(lambda s: (s.t < control.steps) & ~jnp.all(s.done), step, loop)
         top_ids, top_logprobs = loop.top if loop.top is not None else (None, None)
         drawn = Drawn(loop.token_ids, loop.logprobs, loop.mask, loop.ended, top_ids, top_logprobs)
-        seen = state.seen.at[:S].set(loop.seen) if full else state.seen
-        return state._replace(pool=loop.pool, hidden=state.hidden.at[:S].set(loop.hidden), seen=seen), drawn
+        back = lambda array, new: new if every else array.at[control.slot].set(new, mode="drop")  # noqa: E731
+        seen = back(state.seen, loop.seen) if full else state.seen
+        return state._replace(pool=loop.pool, hidden=back(state.hidden, loop.hidden), seen=seen), drawn
 
 
 COPIES = 8  # pages that one copy call moves
@@ -375,5 +393,6 @@ def empty_control(slots: int, table_width: int) -> Control:
     params = RowParams(0 * ones, ones, integers(), ones.copy())  # type: ignore[arg-type]
     return Control(
         np.zeros((slots, table_width), np.int32), integers(), integers(), integers(), integers(),
-        np.zeros((slots,), bool), np.zeros((slots,), bool), np.zeros((slots, 2), np.uint32), params, np.int32(0),
+        np.zeros((slots,), bool), np.zeros((slots,), bool), np.zeros((slots, 2), np.uint32), params,
+        np.arange(slots, dtype=np.int32), np.int32(0),
     )  # fmt: skip

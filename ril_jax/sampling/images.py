@@ -133,6 +133,6 @@ def image_rungs(config: ModelConfig, rows: int) -> list[Rung]:
         # An image of so many patches has the most windows where it is as narrow as can be, one merge group wide.
         side = config.vision.window_size // config.vision.patch_size
         narrow = config.vision.spatial_merge_size * side
-        sizes = [256 * 2**i for i in range(rows.bit_length())]
+        sizes = [64 * 2**i for i in range(rows.bit_length())]
         rungs = [VisionRung(size, 1, size, windows=-(-size // narrow)) for size in sizes]
     return [rung for rung in rungs if rung.num_features(config.vision) <= rows]
