@@ -1,13 +1,19 @@
 """Claims about the plan: the real TPU compiler takes every program, and the counts behind the estimates are right."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import hf_internvl, hf_models
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ril_jax import config as config_lib
+from ril_jax import sharding
 from ril_jax.errors import InputError
+from ril_jax.models import attention, paged
 from ril_jax.models.config import ModelConfig
 from ril_jax.planning.chips import CHIPS, Topology
 from ril_jax.planning.compiling import Compiled, Program, compile_program
@@ -93,6 +99,73 @@ def test_every_program_of_the_engine_compiles_for_a_slice(tiny_vl):
     compiled = [compile_program(program, topology) for program in plan.all()]
     assert [c.program.name for c in compiled] == ["encode an image", "prefill", "decode", "decode with filters"]
     assert all(c.fits for c in compiled)
+
+
+def compiled_for(mesh, function, *arguments):
+    """`function` with gradients of its first three arguments; each argument is (shape, dtype, partition)."""
+    abstract = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, PartitionSpec(*p))) for s, d, p in arguments]
+    loss = jax.grad(lambda *a: jnp.sum(function(*a).astype(jnp.float32) ** 2), argnums=(0, 1, 2))
+    return compile_program(Program("layer", "", jax.jit(loss), tuple(abstract)), Topology.parse("v5e:2x2"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "tensor"),
+    [(14, 2, 64, 2), (28, 4, 128, 2), (8, 2, 128, 4)],
+    ids=["InternVL3-1B", "Qwen2.5-VL-7B", "a key-value head for two devices"],
+)
+def test_the_group_kernel_compiles_and_keeps_scores_on_the_chip(heads, kv_heads, width, tensor):
+    mesh = Topology.parse("v5e:2x2").mesh(data=1, fsdp=4 // tensor, tensor=tensor)
+    sharding.use(mesh)
+    assert attention.backend() == "pallas"  # by the mesh of absent chips, on this machine without any
+    P, S, R, B = 640, 4, 256, 2
+    rows = ("data", "fsdp"), None
+    at = "tensor" if kv_heads % tensor == 0 else None
+    group = functools.partial(attention.group_attention, prompt_len=P, num_responses=S)
+    shapes = [((B, P + S * R, n, width), jnp.bfloat16, (*rows, where)) for n, where in
+              ((heads, "tensor"), (kv_heads, at), (kv_heads, at))]  # fmt: skip
+    compiled = compiled_for(mesh, group, *shapes, ((B, P + S * R), jnp.bool_, rows))
+    assert compiled.fits, compiled.error
+    scores = 4 * B * heads * (P * P + S * R * (P + R)) / 4  # float32, a chip's share
+    assert compiled.peak < scores
+    # Two products forward and seven backward, in blocks of 128: 15 of the prompt, and for each half of a response 5 of
+    # the prompt and 1 or 2 of its own; and the product of each output with its gradient. With a key-value head for
+    # two devices too: a device counts its own query heads.
+    blocks = 15 + S * (5 + 1 + 5 + 2)
+    assert compiled.flops * 4 == 2 * width * B * heads * (9 * blocks * 128**2 + P + S * R)
+
+
+def test_the_kernels_of_the_towers_compile():
+    mesh = Topology.parse("v5e:2x2").mesh(data=1, fsdp=4, tensor=1)
+    sharding.use(mesh)
+    groups = (("data", "fsdp"),)
+    over_groups = functools.partial(jax.vmap, spmd_axis_name=sharding.batch_axes(4))
+    for heads, width in ((16, 64), (25, 128)):  # InternViT 300M and 6B
+        tiles = ((4, 2, 1025, heads, width), jnp.bfloat16, groups)
+        assert compiled_for(mesh, over_groups(attention.full_attention), tiles, tiles, tiles).fits
+    X, M = 2048, 1024
+    buffer = ((4, X, 16, 80), jnp.bfloat16, groups)
+    tables = ((4, X // M, M), jnp.int32, groups), ((4, X), jnp.int32, groups)
+    assert compiled_for(mesh, over_groups(attention.frame_attention), buffer, buffer, buffer, *tables).fits
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(14, 2, 64), (28, 4, 128)])
+def test_the_paged_kernel_compiles_over_a_mesh(heads, kv_heads, width):
+    topology = Topology.parse("v5e:2x2")
+    mesh = topology.mesh(data=1, fsdp=2, tensor=2)
+    sharding.use(mesh)
+    text = dataclasses.replace(
+        ModelConfig.qwen2_5("0.5b").text, num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        head_dim=width,
+    )  # fmt: skip
+    where = lambda *parts: NamedSharding(mesh, PartitionSpec(*parts))  # noqa: E731
+    shape = paged.PagePool.shape(text, 64, 64)
+    assert shape[-1] == 128
+    pool = paged.PagePool(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where("tensor"))] * 2)
+    q = jax.ShapeDtypeStruct((8, 1, heads, 128), jnp.bfloat16, sharding=where())
+    table, one = (jax.ShapeDtypeStruct(s, jnp.int32, sharding=where()) for s in ((8, 16), (8,)))
+    at = jax.ShapeDtypeStruct((8, 1), jnp.int32, sharding=where())
+    decode = jax.jit(functools.partial(paged.paged_attention, block=256))
+    assert compile_program(Program("decode", "", decode, (q, pool, table, at, one)), topology).fits
 
 
 def test_what_does_not_fit_is_told_in_the_compilers_words():
