@@ -59,6 +59,7 @@ def open_responses(folder: str | os.PathLike[str]) -> QuestionDataset | Concaten
             f"{folder} lacks {len(absent)} of its {counts[0]} parts, such as shard-{absent[0]:05d}-of-{counts[0]:05d}; "
             f"run --shard={absent[0]}/{counts[0]}, or copy it here"
         )
+    _check_one_job(list(parts))
     return Concatenation(folder, [_open_finished(path) for path in parts])
 
 
@@ -82,6 +83,19 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     if match is None or not int(match[1]) < int(match[2]):
         raise InputError(f"--shard={text} is no part: write i/n, with i from 0 to n - 1, such as 0/4")
     return int(match[1]), int(match[2])
+
+
+def _check_one_job(parts: Sequence[Path]) -> None:
+    """Raises InputError where the parts are of jobs that differ in more than which part they are."""
+    jobs = [(path, json.loads((path / "job.json").read_text())) for path in parts if (path / "job.json").exists()]
+    for path, job in jobs[1:]:
+        first, expected = jobs[0]
+        for field in sorted(expected.keys() | job.keys()):
+            if field not in ("shard", "rows") and job.get(field) != expected.get(field):
+                raise InputError(
+                    f"{path} is of another job than {first}: {field} is {job.get(field)!r} and not "
+                    f"{expected.get(field)!r}; keep the parts of one"
+                )
 
 
 def _open_finished(folder: Path) -> QuestionDataset:

@@ -117,6 +117,12 @@ def test_parts_of_many_hosts_are_the_whole(made, by_endpoint, tmp_path, capsys):
     with pytest.raises(InputError, match="lacks 1 of its 3 parts, such as shard-00001-of-00003; run --shard=1/3"):
         open_responses(tmp_path / "parts")
     run_here(config, questions, tmp_path / "parts", shard="1/3")
+    other = tmp_path / "parts" / "shard-00002-of-00003" / "job.json"
+    job = other.read_text()
+    other.write_text(job.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(InputError, match=r"shard-00002-of-00003 is of another job than .*: seed is 1 and not 0; keep"):
+        open_responses(tmp_path / "parts")
+    other.write_text(job)
     parts = {q.id: q for q in open_responses(tmp_path / "parts")}
     assert parts == answers(tmp_path / "whole")
     assert len(parts) == COUNT - 2
