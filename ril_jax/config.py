@@ -58,6 +58,9 @@ def default_config() -> ConfigDict:
     c.sampling.top_k = 50  # [P]
     c.sampling.repetition_penalty = 1.05  # [P]
     c.sampling.max_completion_length = 512  # [R]
+    c.sampling.backend = "batch"  # a batch of groups in one program, or "engine": responses leave when they end
+    c.engine = engine_config()  # for "engine"
+    c.engine.max_model_len = 0  # 0: the longest prompt bucket and max_completion_length
 
     c.sft = training(batch_size=128, steps=1000, learning_rate=1e-5, final_learning_rate=1e-6)  # lr [P], linear
     c.sft.train_vision = True  # the tower with its projector, which makes its features the decoder's
@@ -123,8 +126,6 @@ def default_config() -> ConfigDict:
     c.eval.every = 100  # RIL steps; 0 for only before and after
     c.eval.num_questions = 0  # 0 for all
     c.eval.batch_size = 64
-    c.eval.sft_every = 0  # SFT steps; 0 for never
-    c.eval.keep_best = True  # the model that did best stays in workdir/<stage>/best
 
     c.mesh = ConfigDict()
     c.mesh.data = 1
@@ -338,6 +339,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "ril.scale_rewards", ("none", "std"))
     _choice(config, "reward.judge.kind", ("rules", "openai", "engine", "none"))
     _choice(config, "student.dtype", ("bfloat16", "float32"))
+    _choice(config, "sampling.backend", ("batch", "engine"))
     _choice(config, "attention", ("auto", "xla", "pallas"))
     _validate_rungs(config)
     for model in ("student", *(f"teachers.{name}" for name in config.teachers)):

@@ -17,16 +17,19 @@ class Verdicts:
     def __init__(self, judge: Judge, abandon: threading.Event):
         self._judge, self._abandon = judge, abandon
         self._known: dict[JudgeItem, Verdict] = {}
-        self._asked: list[JudgeItem] = []  # not begun
+        self._begun: set[JudgeItem] = set()  # all that were ever asked for
+        self._asked: list[JudgeItem] = []  # not handed to the judge yet
         self._busy = self._closed = False
         self._error: BaseException | None = None
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def ask(self, items: Sequence[JudgeItem]) -> None:
-        """Begin to judge these; returns at once."""
+        """Begin to judge these, but for those that were asked for before; returns at once."""
+        items = [item for item in items if item not in self._begun]
         if not self._judge.overlaps or not items:
             return
+        self._begun.update(items)
         with self._change:
             self._asked += items
             self._change.notify_all()

@@ -6,6 +6,7 @@ Every model's responses are written in small parts, each whole or not there, so 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from ril_jax.data.records import Question, QuestionDataset, Response, read_datas
 from ril_jax.errors import InputError
 from ril_jax.models.parameters import hash_name
 from ril_jax.pretrained import Pretrained
+from ril_jax.sampling.rollouts import EngineSampler
 from ril_jax.sampling.sampler import Samples
 from ril_jax.training.batches import PromptEncoder, flatten_features, flatten_micro, put
 from ril_jax.training.metrics import write_atomically
@@ -120,24 +122,36 @@ def _sample_parts(run: Run, name: str, questions: Sequence[Question], todo: list
     encoder = PromptEncoder(model.chat, max_length=max(config.data.prompt_buckets))
     buckets, batch = run.make_buckets(model), sharding.full_batch(size, run.mesh)
     rows = buckets.layout(batch).positions
-    limit = config.sampling.max_completion_length
+    if name == STUDENT:
+        engine = run.student_groups(params)
+    else:
+        made = run.make_engine(model, settings, params)
+        engine = None if made is None else EngineSampler(made, model.chat)
+    asked: dict[str, Any] = dict(
+        num_samples=config.collect.num_generations, max_tokens=config.sampling.max_completion_length,
+        sampling=run.sampling_params(),
+    )  # fmt: skip
     left = sum(min(size, len(questions) - start) for start in todo)
     progress = Progress(f"collect {name}", len(questions), start=len(questions) - left, enabled=processes.is_first())
     for start in todo:
         run.stop_if_asked()
         places = range(start, min(start + size, len(questions)))
         chunk = [questions[start + i] for i in rows if start + i in places]
-        prompts = buckets.pack_prompts([encoder(q) for q in chunk], batch=batch)
-        features = programs.encode(params, put(prompts.vision, run.mesh)) if prompts.vision is not None else None
+        encoded = [encoder(q) for q in chunk]
         keys: np.ndarray = np.zeros((len(rows), 2), np.uint32)
         for i, question in enumerate(chunk):
             keys[i] = question_key(config.seed, f"collect/{name}", question.id)
-        samples = sampler(
-            params, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
-            put(keys, run.mesh, micro=False),
-            num_samples=config.collect.num_generations, max_tokens=limit, sampling=run.sampling_params(),
-        )  # fmt: skip
-        samples = sharding.gathered(samples, run.mesh)
+        if engine is not None:
+            samples = engine(params, encoded, keys, **asked)
+        else:
+            prompts = buckets.pack_prompts(encoded, batch=batch)
+            vision = prompts.vision
+            features = programs.encode(params, put(vision, run.mesh)) if vision is not None else None
+            samples = sampler(
+                params, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
+                put(keys, run.mesh, micro=False), **asked,
+            )  # fmt: skip
+            samples = sharding.gathered(samples, run.mesh)
         if processes.is_first():
             part = {questions[i].id: _row(model, samples, b) for b, i in enumerate(places)}
             write_atomically(_part(run, name, start), json.dumps(part).encode())

@@ -29,21 +29,25 @@ def evaluate(run: Run, params: Params, questions: Sequence[Question], judge: Jud
     rows = run.buckets.layout(batch).positions
     mine: dict[str, list] = {}  # place -> [score, length, type], of the questions of this process
     params = run.programs.cast(params)
+    engine = run.student_groups(params)
+    longest, greedy = run.config.sampling.max_completion_length, SamplingParams(temperature=0.0)
+    asked: dict[str, Any] = dict(num_samples=1, max_tokens=longest, sampling=greedy)
     for start in range(0, len(questions), size):
         places = [start + i for i in rows if start + i < min(start + size, len(questions))]
         chunk = [questions[i] for i in places]
-        prompts = run.buckets.pack_prompts([run.encoder(q) for q in chunk], batch=batch)
-        features = run.programs.encode(params, put(prompts.vision, run.mesh)) if prompts.vision is not None else None
-        samples = run.sampler(
-            params,
-            put(flatten_micro(prompts), run.mesh, micro=False),
-            flatten_features(features),
-            put(np.zeros((len(rows), 2), np.uint32), run.mesh, micro=False),
-            num_samples=1,
-            max_tokens=run.config.sampling.max_completion_length,
-            sampling=SamplingParams(temperature=0.0),
-        )
-        samples = sharding.own_rows(samples, run.mesh)
+        encoded = [run.encoder(q) for q in chunk]
+        keys: np.ndarray = np.zeros((len(rows), 2), np.uint32)
+        if engine is not None:
+            samples = engine(params, encoded, keys, **asked)
+        else:
+            prompts = run.buckets.pack_prompts(encoded, batch=batch)
+            vision = prompts.vision
+            features = run.programs.encode(params, put(vision, run.mesh)) if vision is not None else None
+            samples = run.sampler(
+                params, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
+                put(keys, run.mesh, micro=False), **asked,
+            )  # fmt: skip
+            samples = sharding.own_rows(samples, run.mesh)
         texts = [run.student.chat.decode(samples.token_ids[b, 0][samples.mask[b, 0]]) for b in range(len(chunk))]
         lengths = [int(samples.mask[b, 0].sum()) for b in range(len(chunk))]
         items = [JudgeItem(plain_prompt(q), q.solution, text, q.id) for q, text in zip(chunk, texts, strict=True)]
@@ -65,11 +69,3 @@ def evaluate(run: Run, params: Params, questions: Sequence[Question], judge: Jud
     if set(by_type) != {""}:
         result["by_type"] = {name: float(np.mean(values)) for name, values in sorted(by_type.items())}
     return result
-
-
-def held_out_questions(run: Run) -> Sequence[Question]:
-    """The first config.eval.num_questions of config.data.eval; none where that is empty."""
-    if not run.config.data.eval:
-        return []
-    questions, count = run.dataset("eval"), run.config.eval.num_questions
-    return questions[:count] if count else questions

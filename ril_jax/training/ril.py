@@ -24,11 +24,11 @@ from ril_jax.models.parameters import Params, cast
 from ril_jax.pretrained import save_folder
 from ril_jax.rewards.judge import JudgeInterrupted, RulesJudge
 from ril_jax.rewards.overlap import Verdicts
+from ril_jax.sampling.gather import Result
 from ril_jax.training import discriminator as discriminator_lib
 from ril_jax.training.batches import flatten_features, flatten_micro, micro_rows, put
-from ril_jax.training.best import BestModel
 from ril_jax.training.collect import STUDENT, Subset, question_key, teacher_dataset
-from ril_jax.training.evaluation import evaluate, held_out_questions
+from ril_jax.training.evaluation import evaluate
 from ril_jax.training.metrics import Sample, SampleResponse, SampleTable
 from ril_jax.training.progress import Progress
 from ril_jax.training.rewards import RewardModel, Rewards, judge_items
@@ -121,7 +121,7 @@ class Ril:
             places = self.layout.positions.tolist()
             drawn = [self.draw_teachers(step, b, q) for b, q in zip(places, questions, strict=True)]
             self.ask(verdicts, questions, [[r.text for r in row[: self.num_teacher]] for row in drawn])
-            group = self.sample(step, questions, drawn, prompts, pi_old, features)
+            group = self.sample(step, questions, drawn, prompts, pi_old, features, verdicts)
             self.ask(verdicts, questions, [texts[: self.G] for texts in group.texts])
             metrics: dict[str, float] = {}
 
@@ -189,19 +189,30 @@ class Ril:
         prompts: PromptBatch,
         pi_old: Params,
         features,
+        verdicts: Verdicts | None = None,
     ) -> Group:
         """G student responses to every question, and beside them the teachers' that were drawn."""
         run = self.run
         places = self.layout.positions.tolist()
         keys = [question_key(run.config.seed, f"ril/{step}/{b}", q.id) for b, q in zip(places, questions, strict=True)]
-        with self.rewards.launching():
-            samples = run.sampler(
-                pi_old, put(flatten_micro(prompts, self.layout.groups), run.mesh, micro=False),
-                flatten_features(features), put(self.layout.flat(np.stack(keys)), run.mesh, micro=False),
-                num_samples=self.G, max_tokens=self.L, sampling=run.sampling_params(),
-            )  # fmt: skip
-        samples = sharding.own_rows(samples._replace(steps=None), run.mesh)
-        samples = jax.tree.map(self.layout.in_order, samples)
+        samples: Any
+        asked: dict[str, Any] = dict(num_samples=self.G, max_tokens=self.L, sampling=run.sampling_params())
+        engine = run.student_groups(pi_old, self.rewards.launching)
+        if engine is not None:  # what has ended is judged beside what is still being sampled
+            def ended(b: int, results: Sequence[Result]) -> None:
+                if verdicts is not None:
+                    verdicts.ask(judge_items([questions[b]], [[result.text for result in results]]))
+
+            samples = engine(pi_old, [run.encoder(q) for q in questions], np.stack(keys), ended=ended, **asked)
+        else:
+            with self.rewards.launching():
+                samples = run.sampler(
+                    pi_old, put(flatten_micro(prompts, self.layout.groups), run.mesh, micro=False),
+                    flatten_features(features), put(self.layout.flat(np.stack(keys)), run.mesh, micro=False),
+                    **asked,
+                )  # fmt: skip
+            samples = sharding.own_rows(samples._replace(steps=None), run.mesh)
+            samples = jax.tree.map(self.layout.in_order, samples)
         chat = run.student.chat
         tokens, texts, models = [], [], []
         for b, teachers in enumerate(drawn):
@@ -368,14 +379,14 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
     label, config = f"ril/{arm}", run.config
     ril = Ril(run, arm)
     questions = _ril_questions(run, ril)
-    held_out = held_out_questions(run)
+    held_out = run.dataset("eval") if config.data.eval else []
+    held_out = held_out[: config.eval.num_questions] if config.eval.num_questions else held_out
     iterator = make_iterator(
         questions, batch_size=ril.B, rows=ril.layout.positions, seed=config.seed,
         transform=lambda q: (run.encoder(q), q)[1],
         prefetch=config.data.prefetch, num_threads=config.data.threads,
     )  # fmt: skip
     checkpointer, metrics = run.checkpointer(label), run.metrics(label)
-    best = BestModel(run.workdir / label, run.student) if held_out and config.eval.keep_best else None
     table = SampleTable(run.workdir, label, every=ril.config.ril.samples_every)
     restored = checkpointer.restore_latest(jax.tree.map(_abstract, ril.state))
     start = 0
@@ -398,10 +409,8 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
             table.write(step, ril.sample_rows(batch, group, rewards))
         if held_out and config.eval.every and (step % config.eval.every == 0 and step < steps):
             with progress.pause("evaluation"), run.counter.expected():
-                params = ril.state.student.params | ril.frozen
-                values["eval/accuracy"] = evaluate(run, params, held_out, RulesJudge())["accuracy"]
-                if best is not None:
-                    best.offer(step, values["eval/accuracy"], params)
+                result = evaluate(run, ril.state.student.params | ril.frozen, held_out, RulesJudge())
+                values["eval/accuracy"] = result["accuracy"]
         run.counter.warm(label)
         metrics.write(step, values)
         progress.advance(1, {k: values[k] for k in _SHOWN if k in values})
@@ -421,9 +430,6 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
     if held_out:
         with progress.pause("evaluation"):
             result |= evaluate(run, params, held_out, RulesJudge())
-            if best is not None:
-                best.offer(steps, result["accuracy"], params)
-                result |= best.facts()
     progress.close()
     run.timer.add(label, parts=progress.seconds())
     save_folder(run.workdir / label / "model", run.student, params)

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,10 @@ from ril_jax.errors import InputError
 from ril_jax.models import attention, hub
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained
+from ril_jax.sampling.engine import Engine
+from ril_jax.sampling.local import make_engine
 from ril_jax.sampling.logits import SamplingParams
+from ril_jax.sampling.rollouts import EngineSampler
 from ril_jax.sampling.sampler import Sampler
 from ril_jax.training.batches import Buckets, PromptEncoder
 from ril_jax.training.checkpoints import Checkpointer, StopSignal
@@ -48,6 +53,7 @@ class Run:
     counter: CompileCounter
     timer: StageTimer
     _shapes: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)
+    _engines: dict[str, Engine | None] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def start(cls, config: ConfigDict, workdir: Path, stop: StopSignal) -> "Run":
@@ -114,6 +120,39 @@ class Run:
             unroll=layers_unroll(),
             token_limit=model.chat.vocab_size,
         )
+
+    def make_engine(self, model: Pretrained, settings: ConfigDict, params: Params) -> Engine | None:
+        """An engine, warmed up, where config.sampling.backend asks for one. `params` in the compute dtype.
+
+        Raises InputError for settings that do not go together.
+        """
+        if self.config.sampling.backend != "engine":
+            return None
+        if processes.count() > 1:
+            raise InputError("config.sampling.backend=engine is for runs of one process; set it to batch")
+        shapes = ConfigDict(self.config.engine.to_dict())
+        longest = max(self.config.data.prompt_buckets) + self.config.sampling.max_completion_length
+        if shapes.max_model_len and shapes.max_model_len < longest:
+            raise InputError(
+                f"config.engine.max_model_len={shapes.max_model_len} is less than the longest prompt bucket and "
+                f"config.sampling.max_completion_length, {longest} tokens; raise it, or set it to 0"
+            )
+        shapes.max_model_len = shapes.max_model_len or longest
+        with self.counter.expected():
+            engine = make_engine(model, params, shapes, self.mesh, dtype=settings.dtype, counter=self.counter)
+            engine.warm_up()
+        sharding.use(self.mesh)  # the run's own programs are for its mesh
+        self.counter.cold()  # the run's own programs are still to come
+        return engine
+
+    def student_groups(
+        self, params: Params, launching: Callable[[], AbstractContextManager] = nullcontext
+    ) -> EngineSampler | None:
+        """The student's groups by the engine, which all stages share; None where `sampler` is to be used."""
+        if "student" not in self._engines:
+            self._engines["student"] = self.make_engine(self.student, self.config.student, params)
+        engine = self._engines["student"]
+        return None if engine is None else EngineSampler(engine, self.student.chat, launching=launching)
 
     @functools.cached_property
     def buckets(self) -> Buckets:
