@@ -126,6 +126,8 @@ def default_config() -> ConfigDict:
     c.eval.every = 100  # RIL steps; 0 for only before and after
     c.eval.num_questions = 0  # 0 for all
     c.eval.batch_size = 64
+    c.eval.sft_every = 0  # SFT steps; 0 for never
+    c.eval.keep_best = True  # the model that did best stays in workdir/<stage>/best
 
     c.mesh = ConfigDict()
     c.mesh.data = 1

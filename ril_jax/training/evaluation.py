@@ -69,3 +69,11 @@ def evaluate(run: Run, params: Params, questions: Sequence[Question], judge: Jud
     if set(by_type) != {""}:
         result["by_type"] = {name: float(np.mean(values)) for name, values in sorted(by_type.items())}
     return result
+
+
+def held_out_questions(run: Run) -> Sequence[Question]:
+    """The first config.eval.num_questions of config.data.eval; none where that is empty."""
+    if not run.config.data.eval:
+        return []
+    questions, count = run.dataset("eval"), run.config.eval.num_questions
+    return questions[:count] if count else questions

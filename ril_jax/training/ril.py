@@ -27,8 +27,9 @@ from ril_jax.rewards.overlap import Verdicts
 from ril_jax.sampling.gather import Result
 from ril_jax.training import discriminator as discriminator_lib
 from ril_jax.training.batches import flatten_features, flatten_micro, micro_rows, put
+from ril_jax.training.best import BestModel
 from ril_jax.training.collect import STUDENT, Subset, question_key, teacher_dataset
-from ril_jax.training.evaluation import evaluate
+from ril_jax.training.evaluation import evaluate, held_out_questions
 from ril_jax.training.metrics import Sample, SampleResponse, SampleTable
 from ril_jax.training.progress import Progress
 from ril_jax.training.rewards import RewardModel, Rewards, judge_items
@@ -379,14 +380,14 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
     label, config = f"ril/{arm}", run.config
     ril = Ril(run, arm)
     questions = _ril_questions(run, ril)
-    held_out = run.dataset("eval") if config.data.eval else []
-    held_out = held_out[: config.eval.num_questions] if config.eval.num_questions else held_out
+    held_out = held_out_questions(run)
     iterator = make_iterator(
         questions, batch_size=ril.B, rows=ril.layout.positions, seed=config.seed,
         transform=lambda q: (run.encoder(q), q)[1],
         prefetch=config.data.prefetch, num_threads=config.data.threads,
     )  # fmt: skip
     checkpointer, metrics = run.checkpointer(label), run.metrics(label)
+    best = BestModel(run.workdir / label, run.student) if held_out and config.eval.keep_best else None
     table = SampleTable(run.workdir, label, every=ril.config.ril.samples_every)
     restored = checkpointer.restore_latest(jax.tree.map(_abstract, ril.state))
     start = 0
@@ -409,8 +410,10 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
             table.write(step, ril.sample_rows(batch, group, rewards))
         if held_out and config.eval.every and (step % config.eval.every == 0 and step < steps):
             with progress.pause("evaluation"), run.counter.expected():
-                result = evaluate(run, ril.state.student.params | ril.frozen, held_out, RulesJudge())
-                values["eval/accuracy"] = result["accuracy"]
+                params = ril.state.student.params | ril.frozen
+                values["eval/accuracy"] = evaluate(run, params, held_out, RulesJudge())["accuracy"]
+                if best is not None:
+                    best.offer(step, values["eval/accuracy"], params)
         run.counter.warm(label)
         metrics.write(step, values)
         progress.advance(1, {k: values[k] for k in _SHOWN if k in values})
@@ -430,6 +433,9 @@ def run_ril(run: Run, arm: str) -> dict[str, Any]:
     if held_out:
         with progress.pause("evaluation"):
             result |= evaluate(run, params, held_out, RulesJudge())
+            if best is not None:
+                best.offer(steps, result["accuracy"], params)
+                result |= best.facts()
     progress.close()
     run.timer.add(label, parts=progress.seconds())
     save_folder(run.workdir / label / "model", run.student, params)

@@ -18,8 +18,11 @@ from ril_jax.data.records import Question
 from ril_jax.errors import InputError
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained, save_folder
+from ril_jax.rewards.judge import RulesJudge
 from ril_jax.training.batches import PromptEncoder, micro_rows, put
+from ril_jax.training.best import BestModel
 from ril_jax.training.checkpoints import save_failed_batch
+from ril_jax.training.evaluation import evaluate, held_out_questions
 from ril_jax.training.programs import Programs
 from ril_jax.training.progress import Progress
 from ril_jax.training.run import Run, Stopped
@@ -27,7 +30,22 @@ from ril_jax.training.state import TrainState, abstract_state, init_state, make_
 
 
 def run_sft(run: Run) -> None:
-    """Train the student on config.data.sft and leave it in workdir/sft/model as an HF folder: pi_init."""
+    """Train the student on config.data.sft and leave it in workdir/sft/model as an HF folder: pi_init.
+
+    Every config.eval.sft_every steps its held-out accuracy is logged, and the best of them kept in workdir/sft/best.
+    """
+    every = run.config.eval.sft_every
+    held_out = held_out_questions(run) if every else []
+    best = BestModel(run.workdir / "sft", run.student) if held_out and run.config.eval.keep_best else None
+
+    def look(step: int, params: Params) -> dict[str, float]:
+        if not held_out or step % every:
+            return {}
+        accuracy = evaluate(run, params, held_out, RulesJudge())["accuracy"]
+        if best is not None:
+            best.offer(step, accuracy, params)
+        return {"eval/accuracy": accuracy}
+
     params = train_supervised(
         run,
         "sft",
@@ -36,9 +54,10 @@ def run_sft(run: Run) -> None:
         lambda: run.student_params(run.student.folder),
         run.dataset("sft"),
         run.config.sft,
+        look,
     )
     save_folder(run.workdir / "sft" / "model", run.student, params)
-    run.mark_done("sft", {"steps": run.config.sft.steps})
+    run.mark_done("sft", {"steps": run.config.sft.steps} | (best.facts() if best is not None else {}))
 
 
 def train_supervised(
@@ -49,8 +68,12 @@ def train_supervised(
     load: Callable[[], Params],
     source: Sequence[Question],
     settings: ConfigDict,
+    look: Callable[[int, Params], dict[str, float]] | None = None,
 ) -> Params:
-    """Train `model` on the responses of `source` from the parameters that `load` gives; returns the final ones."""
+    """Train `model` on the responses of `source` from the parameters that `load` gives; returns the final ones.
+
+    look(step, parameters), called after every step, gives what else is logged of it.
+    """
     encoder = PromptEncoder(model.chat, max_length=max(run.config.data.prompt_buckets))
     buckets, batch = run.make_buckets(model), settings.batch_size
     micro = micro_rows(batch, settings.micro_batch_size, buckets.shards)
@@ -70,7 +93,10 @@ def train_supervised(
     params, frozen = split_frozen(load(), train_vision=settings.train_vision, train_projector=settings.train_projector)
     optimizer = make_optimizer(settings)
     update, rows = make_update(programs.sft_loss, optimizer), buckets.layout(batch, micro).positions
-    state = run_loop(run, label, source, rows, encode, pack, settings, params, optimizer, update, frozen)
+    state = run_loop(
+        run, label, source, rows, encode, pack, settings, params, optimizer, update, frozen,
+        look=None if look is None else lambda step, state: look(step, state.params | frozen),
+    )  # fmt: skip
     return state.params | frozen
 
 
@@ -86,10 +112,11 @@ def run_loop(
     optimizer: optax.GradientTransformation,
     update: Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]],
     shared: Any,
+    look: Callable[[int, TrainState], dict[str, float]] | None = None,
 ) -> TrainState:
     """`settings.steps` updates on batches of `source`, resumable: `encode` an item in a thread, `pack` a batch of them.
 
-    Of every batch this process reads the items at the places `rows`.
+    Of every batch this process reads the items at the places `rows`. `look`: as in `train_supervised`.
     Raises InputError where a loss is not finite (its batch is saved), Stopped when a signal came (all is saved).
     """
     iterator = make_iterator(
@@ -120,6 +147,9 @@ def run_loop(
         values = {name: float(value) for name, value in jax.device_get(sums).items()}
         if not values.pop("finite"):
             raise not_finite(run, label, step, values, batch)
+        if look is not None:
+            with progress.pause("evaluation"), run.counter.expected():
+                values |= look(step, state)
         metrics.write(step, values)
         progress.advance(1, {"loss": values["loss"]})
         batch = ahead
