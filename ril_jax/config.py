@@ -59,8 +59,8 @@ def default_config() -> ConfigDict:
     c.sampling.repetition_penalty = 1.05  # [P]
     c.sampling.max_completion_length = 512  # [R]
     c.sampling.backend = "batch"  # a batch of groups in one program, or "engine": responses leave when they end
-    c.engine = engine_config()  # for "engine"
-    c.engine.max_model_len = 0  # 0: the longest prompt bucket and max_completion_length
+    c.sampling.engine = engine_config()  # for "engine"
+    c.sampling.engine.max_model_len = 0  # 0: the longest prompt bucket and max_completion_length
 
     c.sft = training(batch_size=128, steps=1000, learning_rate=1e-5, final_learning_rate=1e-6)  # lr [P], linear
     c.sft.train_vision = True  # the tower with its projector, which makes its features the decoder's

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -130,15 +130,15 @@ class Run:
             return None
         if processes.count() > 1:
             raise InputError("config.sampling.backend=engine is for runs of one process; set it to batch")
-        shapes = ConfigDict(self.config.engine.to_dict())
+        shapes = ConfigDict(self.config.sampling.engine.to_dict())
         longest = max(self.config.data.prompt_buckets) + self.config.sampling.max_completion_length
         if shapes.max_model_len and shapes.max_model_len < longest:
             raise InputError(
-                f"config.engine.max_model_len={shapes.max_model_len} is less than the longest prompt bucket and "
+                f"config.sampling.engine.max_model_len={shapes.max_model_len} is less than the longest prompt bucket and "
                 f"config.sampling.max_completion_length, {longest} tokens; raise it, or set it to 0"
             )
         shapes.max_model_len = shapes.max_model_len or longest
-        with self.counter.expected():
+        with self.counter.expected(), _fields_of("config.sampling.engine"):
             engine = make_engine(model, params, shapes, self.mesh, dtype=settings.dtype, counter=self.counter)
             engine.warm_up()
         sharding.use(self.mesh)  # the run's own programs are for its mesh
@@ -217,6 +217,15 @@ class Run:
         """Leave now if a signal came; for loops that have nothing to save."""
         if self.stop.should_stop():
             raise Stopped(self.stop.exit_status)
+
+
+@contextmanager
+def _fields_of(place: str) -> Iterator[None]:
+    """Errors about the fields of an engine name them where they stand in the config."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace("config.engine", place)) from error
 
 
 def layers_unroll() -> int | bool:

@@ -19,7 +19,7 @@ SHAPES = {"slots": 6, "small_slots": 0, "page_size": 16, "prefill": ((64, 4),), 
 
 def config(folder, **changes):
     c = small_run.small_config(**{"sampling.backend": "engine", "data.teacher_data": f"{folder}/teachers"})
-    c.engine.update(SHAPES)
+    c.sampling.engine.update(SHAPES)
     for field, value in changes.items():
         small_run.set_field(c, field, value)
     return c
@@ -95,14 +95,14 @@ def test_a_judge_beside_it_gets_responses_as_they_end_and_changes_nothing(finish
     ("field", "value", "words"),
     [
         ("max_model_len", 20, "max_model_len=20 is less than the longest"),
-        ("page_size", 24, "no multiple of page_size"),
+        ("page_size", 24, "config.sampling.engine.prefill's .* is no multiple of page_size"),
     ],
 )
 def test_shapes_that_hold_no_response_are_refused(finished, tmp_path, field, value, words):
     workdir = shutil.copytree(finished, tmp_path / "workdir", ignore=shutil.ignore_patterns("ril"))
     with pytest.raises(InputError, match=words):
         small_run.train_here(
-            workdir, config(finished.parent, **{f"engine.{field}": value, "allow_config_change": True}), "ril"
+            workdir, config(finished.parent, **{f"sampling.engine.{field}": value, "allow_config_change": True}), "ril"
         )
 
 
