@@ -200,6 +200,7 @@ class Ril:
         asked: dict[str, Any] = dict(num_samples=self.G, max_tokens=self.L, sampling=run.sampling_params())
         engine = run.student_groups(pi_old, self.rewards.launching)
         if engine is not None:  # what has ended is judged beside what is still being sampled
+
             def ended(b: int, results: Sequence[Result]) -> None:
                 if verdicts is not None:
                     verdicts.ask(judge_items([questions[b]], [[result.text for result in results]]))

@@ -134,8 +134,8 @@ class Run:
         longest = max(self.config.data.prompt_buckets) + self.config.sampling.max_completion_length
         if shapes.max_model_len and shapes.max_model_len < longest:
             raise InputError(
-                f"config.sampling.engine.max_model_len={shapes.max_model_len} is less than the longest prompt bucket and "
-                f"config.sampling.max_completion_length, {longest} tokens; raise it, or set it to 0"
+                f"config.sampling.engine.max_model_len={shapes.max_model_len} is less than the longest prompt bucket "
+                f"and config.sampling.max_completion_length, {longest} tokens; raise it, or set it to 0"
             )
         shapes.max_model_len = shapes.max_model_len or longest
         with self.counter.expected(), _fields_of("config.sampling.engine"):
