@@ -1,6 +1,6 @@
 """Evaluate a model on the paper's 14 benchmarks, from their files as they are published (docs/evaluation.md).
 
-    python -m ril_jax.evaluate --config=configs/eval.py --checkpoint=DIR --data=FOLDER --output=DIR \\
+    python -m ril_jax.evaluate --config=configs/evaluate.py --checkpoint=DIR --data=FOLDER --output=DIR \\
         [--benchmarks=ai2d,chartqa] [--shard=i/n] [--limit=N] [--summary]
 
 Killed at any moment and started again it goes on where it was. Many hosts share the work by --shard=0/n to n-1/n, all

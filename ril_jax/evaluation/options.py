@@ -82,7 +82,7 @@ def _letters(text: str, options: Mapping[str, str]) -> set[str]:
     some, small = f"[{known}]", f"[{known}{known.lower()}]"
     if alone := re.fullmatch(rf"\W*(?:(?:option|choice|选项)\s*)?({small})\W*", text, re.I):
         return {alone[1].upper()}
-    if re.fullmatch(rf"\W*{small}\W*(?:{_AND}\W*{small}\W*)+", text) or re.fullmatch(rf"{some}{{2,}}", text):
+    if re.fullmatch(rf"\W*{small}\W*(?:(?:{_AND}|\s)\W*{small}\W*)+", text) or re.fullmatch(rf"{some}{{2,}}", text):
         return {c.upper() for c in re.sub(r"\b(?:or|and)\b", "", text, flags=re.I) if c.upper() in options}
     certain = {
         letter.upper()

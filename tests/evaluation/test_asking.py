@@ -37,6 +37,11 @@ def test_a_response_cannot_leave_its_tag(ask):
     [
         ("<answer>B</answer>", "B"), ("B", "B"), ("B.", "B"), ("<answer>Z</answer>", None), ("Z", None), ("", None),
         ("A or B", None), ("<answer>C</answer>", None), ("It is a cat, so <answer>B</answer>", "B"), ("cat", "B"),
+        ("b", "B"), ("(B)", "B"), ("**B**", "B"), ("Option B", "B"), ("B. cat", "B"), ("The answer is B.", "B"),
+        ("<answer>(B)</answer>", "B"), ("<answer> B </answer>\n", "B"), ("<answer>B. cat</answer>", "B"),
+        ("<answer>A</answer><answer>B</answer>", "B"), ("<answer>A or B</answer>", None), ("<answer></answer>", None),
+        ("none of the options", None), ("The result is Z.", None), ("z", None), ("Z, since it refuses", None),
+        ("<answer>none of the options</answer>", None), ("AB", None), ("A B", None), ("\n", None), ("C", None),
     ],
 )  # fmt: skip
 def test_reading_a_choice(reply, letter):
@@ -48,7 +53,10 @@ def test_reading_a_choice(reply, letter):
     [
         ("<answer>0.5</answer>", "0.5"), ("0.5", "0.5"), ("1.0", "1.0"), ("1", "1"), ("0", "0"), (".5", ".5"),
         ("<answer>1.5</answer>", None), ("-0.5", None), ("", None), ("half", None), ("0.5 / 1.0", None),
-        ("<answer>0.2</answer> no, <answer>0.3</answer>", "0.3"), ("nan", None),
+        ("<answer>0.2</answer> no, <answer>0.3</answer>", "0.3"), ("nan", None), ("0.0", "0.0"), (" 0.7\n", "0.7"),
+        ("<answer> 0.7 </answer>", "0.7"), ("1.00", "1.00"), ("0.75", "0.75"), ("2", None), ("10", None), ("1.1", None),
+        ("50%", None), ("1/2", None), ("0,5", None), ("inf", None), ("1e-1", None), ("０.５", None), (".", None),
+        ("Correctness: 0.5", None), ("<answer>0.5", None), ("<answer>half</answer>", None), ("0.5.", None),
     ],
 )  # fmt: skip
 def test_reading_a_grade(reply, grade):

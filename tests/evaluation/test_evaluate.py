@@ -1,11 +1,14 @@
 """Claims about the command: by an endpoint whose answers are known, and by a local engine."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from helpers.benchmark_files import choice, write_all, write_tsv
-from helpers.evaluated import asked, endpoint, evaluated_config, run
-from helpers.quick import quick_compilation
+from helpers.evaluated import CONFIG, asked, endpoint, evaluated_config, run, wait_for
+from helpers.quick import quick_compilation, quick_environment
 from helpers.tiny_folder import build_tiny_folder
 
 from ril_jax import cli, evaluate
@@ -135,6 +138,30 @@ def test_a_killed_evaluation_goes_on(data, folder):
         parts = run(evaluated_config(url=url), data, folder / "parts", *names)
     assert parts == whole
     assert len(service.bodies) == 2 * count + 1  # the torn one was asked again, and no other
+
+
+def test_a_process_killed_at_any_moment_goes_on(tmp_path, folder):
+    write_tsv(tmp_path / "AI2D_TEST.tsv", [choice(i, "AB"[i % 2]) for i in range(40)])
+
+    def slowly(messages) -> str:
+        time.sleep(0.02)
+        return cat(messages)
+
+    with endpoint(slowly) as (url, service):
+        words = [f"--config={CONFIG}:{url}", f"--data={tmp_path}", f"--output={folder}", "--benchmarks=ai2d"]
+        command = [sys.executable, "-m", "ril_jax.evaluate", *words]
+        for least in (5, 20):
+            process = subprocess.Popen(command, env=quick_environment(tmp_path), stdout=subprocess.DEVNULL)
+            wait_for(lambda least=least: len(service.bodies) >= least, 60)
+            process.kill()
+            process.wait()
+        kept = len((folder / "ai2d" / "answers-0-of-1.jsonl").read_bytes().splitlines())
+        before = len(service.bodies)
+        results = run(evaluated_config(url=url), tmp_path, folder, "ai2d")
+    assert results["ai2d"]["score"] == 50
+    assert 1 <= kept < 40
+    assert len(service.bodies) - before <= 41 - kept  # what was kept is not asked again
+    assert [sample.key for sample in read_samples(folder / "ai2d")] == [f"AI2D_TEST/{i}" for i in range(40)]
 
 
 def test_shards_together_are_the_whole(data, folder, capsys):

@@ -1,7 +1,9 @@
 """Evaluations in this process: their config, and an endpoint that says what a function says."""
 
+import asyncio
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from starlette.routing import Route
 from ril_jax import evaluate
 from ril_jax.evaluation.results import read_results
 
+CONFIG = Path(__file__).with_name("evaluated_config.py")
 Say = Callable[[list[dict]], str]  # from the messages of a request to the answer
 
 
@@ -40,7 +43,7 @@ def run(config: ConfigDict, data: Path, output: Path, *names: str, **flags) -> d
 
 
 class Endpoint:
-    """Counts its requests; what `say` raises it answers with 500."""
+    """Keeps what it is asked; `say` answers, in a thread."""
 
     def __init__(self, say: Say, name: str):
         self.say, self.name, self.bodies = say, name, []
@@ -60,7 +63,7 @@ class Endpoint:
     async def _chat(self, request: Request) -> JSONResponse:
         body = json.loads(await request.body())
         self.bodies.append(body)
-        text = self.say(body["messages"])
+        text = await asyncio.to_thread(self.say, body["messages"])
         message = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 10, "completion_tokens": len(text.split())}
         return JSONResponse({"choices": [message], "usage": usage})
@@ -72,6 +75,14 @@ def endpoint(say: Say, name: str = "said") -> Iterator[tuple[str, Endpoint]]:
     service = Endpoint(say, name)
     with running(service) as url:  # type: ignore[arg-type]
         yield url, service
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    """Until it is true, which it must be in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.01)
 
 
 def asked(messages: list[dict]) -> str:
