@@ -58,6 +58,9 @@ def default_config() -> ConfigDict:
     c.sampling.top_k = 50  # [P]
     c.sampling.repetition_penalty = 1.05  # [P]
     c.sampling.max_completion_length = 512  # [R]
+    # Where the student's and the teachers' weights lie meanwhile: as in "training"; "replicated" over data and fsdp, to
+    # which they are gathered once a step and not for every token; or with "tensor" parallelism over fsdp, too.
+    c.sampling.layout = "training"
     c.sampling.backend = "batch"  # a batch of groups in one program, or "engine": responses leave when they end
     c.sampling.engine = engine_config()  # for "engine"
     c.sampling.engine.max_model_len = 0  # 0: the longest prompt bucket and max_completion_length
@@ -341,6 +344,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "ril.scale_rewards", ("none", "std"))
     _choice(config, "reward.judge.kind", ("rules", "openai", "engine", "none"))
     _choice(config, "student.dtype", ("bfloat16", "float32"))
+    _choice(config, "sampling.layout", ("training", "replicated", "tensor"))
     _choice(config, "sampling.backend", ("batch", "engine"))
     _choice(config, "attention", ("auto", "xla", "pallas"))
     _validate_rungs(config)

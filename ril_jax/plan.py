@@ -112,7 +112,7 @@ def _summary(done: list[Compiled], topology: Topology) -> str:
     return "\n".join(lines)
 
 
-_RIL_STEP = ("encode images", "sample", "reference log-probs", "discriminator update", "RIL update")
+_RIL_STEP = ("encode images", "move weights", "sample", "reference log-probs", "discriminator update", "RIL update")
 
 
 def _advice(c: Compiled) -> str:

@@ -3,9 +3,10 @@
 Mesh axes: `data` (replicas, spans slices), `fsdp` (batch and weights), `tensor` (heads, feed-forward, vocabulary).
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,20 @@ def mesh_of(devices: Sequence[Any], *, data: int, fsdp: int, tensor: int) -> Mes
     if free:
         sizes[free[0]] = len(devices) // fixed
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def sampling_mesh(mesh: Mesh, layout: str) -> Mesh:
+    """The same devices in the same order as a mesh to sample on, for which weights are moved.
+
+    Weights that are spread over `fsdp` are gathered for every token. "replicated" keeps them only over `tensor`, rows
+    being spread as in training; "tensor" spreads heads, feed-forward and vocabulary over `fsdp` and `tensor` together,
+    and rows over `data` alone. "training" is `mesh` itself.
+    """
+    data, fsdp, tensor = (mesh.shape[name] for name in ("data", "fsdp", "tensor"))
+    if layout == "training" or fsdp == 1:
+        return mesh
+    sizes = (data * fsdp, 1, tensor) if layout == "replicated" else (data, 1, fsdp * tensor)
+    return Mesh(mesh.devices.reshape(sizes), mesh.axis_names)
 
 
 def spec_of(spec: ParamSpec, mesh: Mesh) -> PartitionSpec:
@@ -115,6 +130,18 @@ def use(mesh: Mesh | None) -> None:
     """From here on `constrain` means this mesh; every program of a process is for one set of devices."""
     global _mesh
     _mesh = mesh
+
+
+@contextlib.contextmanager
+def using(mesh: Mesh | None) -> Iterator[None]:
+    """In this block `constrain` means this mesh; None changes nothing. For the body of a function that is traced."""
+    global _mesh
+    before = _mesh
+    _mesh = before if mesh is None else mesh
+    try:
+        yield
+    finally:
+        _mesh = before
 
 
 def mesh_in_use() -> Mesh | None:
@@ -203,6 +230,12 @@ def own_rows(tree: Any, mesh: Mesh, axis: int = 0) -> Any:
         return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)], axis)
 
     return jax.tree.map(fetch, _laid_out(tree, where))
+
+
+def move_rows(array: jax.Array, mesh: Mesh, axis: int = 0) -> jax.Array:
+    """An array on the devices with its rows over another mesh of the same devices."""
+    where = rows(mesh, array.shape, axis)
+    return array if array.sharding.is_equivalent_to(where, array.ndim) else _laid_out(array, where)
 
 
 def gathered(tree: Any, mesh: Mesh) -> Any:

@@ -62,11 +62,12 @@ class TrainingPlan:
         self.dtype = jnp.dtype(student.dtype)
         self.programs = Programs(self.network, self.dtype, remat=student.remat, chunk=student.logprob_chunk, unroll=1)
         self.shards = sharding.num_shards(mesh)
+        self.sampling_mesh = sharding.sampling_mesh(mesh, config.sampling.layout)
         self.buckets = Buckets.from_config(self.model, config.data, shards=self.shards)
 
     def all(self) -> list[Program]:
         """Every program of sft, discriminator and ril, at its largest bucket."""
-        out = [self.sft(), *self.encode(), self.sample(), self.score()]
+        out = [self.sft(), *self.encode(), *self.move(), self.sample(), self.score()]
         if self.config.discriminator.enabled:
             out.append(self.discriminator())
         return [*out, self.ril()]
@@ -101,11 +102,33 @@ class TrainingPlan:
             )
         ]  # fmt: skip
 
+    def move(self) -> list[Program]:
+        """The weights to where sampling wants them, once a step; nothing where they stay."""
+        mesh = self.sampling_mesh
+        if mesh is self.mesh:
+            return []
+        params = self._params(jnp.float32)
+        size = sum(math.prod(p.shape) for p in params.values())
+        before = 4 * size / (self.mesh.shape["fsdp"] * self.mesh.shape["tensor"])
+        after = self.dtype.itemsize * size / mesh.shape["tensor"]
+        fsdp = self.mesh.shape["fsdp"]
+        shapes = " x ".join(f"{name} {count}" for name, count in mesh.shape.items())
+        return [
+            Program(
+                "move weights", f"to {shapes}", self.programs.move(mesh), (params,),
+                hbm_bytes=before + after, network_bytes=after * (fsdp - 1) / fsdp,
+            )
+        ]  # fmt: skip
+
     def sample(self) -> Program:
         c, L = self.config.ril, self.config.sampling.max_completion_length
         B, P, G = c.batch_size, max(self.buckets.prompts), c.num_generations
         s = self.config.sampling
-        sampler = Sampler(self.network, (1, 2), 0, dtype=self.dtype, unroll=1, token_limit=self.model.text.vocab_size)
+        mesh = self.sampling_mesh
+        sampler = Sampler(
+            self.network, (1, 2), 0, dtype=self.dtype, unroll=1, token_limit=self.model.text.vocab_size,
+            mesh=None if mesh is self.mesh else mesh,
+        )  # fmt: skip
         program = sampler._program(G, L, SamplingParams(s.temperature, s.top_p, s.top_k, s.repetition_penalty))
         prompts = self._prompts((B,), P)
         micro = self._micro(c)
@@ -116,14 +139,19 @@ class TrainingPlan:
             else self._array((features.shape[0] * features.shape[1], *features.shape[2:]), features.dtype, 0)
         )
         keys = self._array((B, 2), jnp.uint32, 0)
+        if mesh is not self.mesh:
+            rows = lambda a, axis=0: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding.rows(mesh, a.shape, axis))  # noqa: E731
+            positions = rows(prompts.positions, 1)
+            prompts, features, keys = jax.tree.map(rows, (prompts, features, keys))
+            prompts = prompts._replace(positions=positions)
         text = self.model.text
         cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * self.dtype.itemsize
         chips = self.topology.num_chips
-        weights = self._weight_bytes("text.", passes=1 + L)
+        weights = self._weight_bytes("text.", passes=1 + L, mesh=mesh)
         weights["hbm_bytes"] += L * cache * (B * P + B * G * L / 2) / chips
         return Program(
             "sample", f"{B} prompts of {P}, {G} x {L} tokens each", program,
-            (self._params(self.dtype), prompts, features, keys),
+            (self._params(self.dtype, mesh=mesh), prompts, features, keys),
             tokens=B * G * L, while_trips=L, **weights,
         )  # fmt: skip
 
@@ -202,9 +230,9 @@ class TrainingPlan:
     def _normalizer(self, count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count,), jnp.float32, sharding=sharding.replicated(self.mesh))
 
-    def _params(self, dtype: Any, network: Network | None = None) -> Any:
+    def _params(self, dtype: Any, network: Network | None = None, mesh: Mesh | None = None) -> Any:
         network = network or self.network
-        return abstract_params(network, dtype, sharding.param_shardings(network.specs, self.mesh))
+        return abstract_params(network, dtype, sharding.param_shardings(network.specs, mesh or self.mesh))
 
     def _split(self, settings: ConfigDict) -> tuple[Any, Any]:
         return split_frozen(
@@ -264,11 +292,12 @@ class TrainingPlan:
 
     # --- bytes, analytic ---
 
-    def _weight_bytes(self, prefix: str, *, passes: float) -> dict[str, Any]:
+    def _weight_bytes(self, prefix: str, *, passes: float, mesh: Mesh | None = None) -> dict[str, Any]:
         """Reading the weights in the compute dtype `passes` times, each gathered over fsdp."""
+        mesh = mesh or self.mesh
         size = sum(math.prod(s.shape) for n, s in self.network.specs.items() if n.startswith(prefix))
-        size *= self.dtype.itemsize / self.mesh.shape["tensor"]
-        fsdp = self.mesh.shape["fsdp"]
+        size *= self.dtype.itemsize / mesh.shape["tensor"]
+        fsdp = mesh.shape["fsdp"]
         return {"hbm_bytes": passes * size, "network_bytes": passes * size * (fsdp - 1) / fsdp}
 
     def _training_bytes(self, B: int, micro: int, row_tokens: int, trained: Any) -> dict[str, Any]:

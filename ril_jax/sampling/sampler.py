@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from ril_jax import sharding
 from ril_jax.models.layers import unstack_for_few_rows
 from ril_jax.models.parameters import Network
 from ril_jax.sampling.logits import SamplingParams, choose_tokens
@@ -40,6 +42,8 @@ class Sampler:
       eos_token_ids: any of these ends a sample. pad_token_id: fills what follows.
       dtype: compute dtype. unroll: layers per scan step of the prefill; True gives straight-line code in prefill and
         decode, fastest on CPU, at the price of a second copy of the layers' weights.
+      mesh: whose axes rows and weights lie on, if not on those of the mesh in use (`sharding.sampling_mesh`); batch and
+        features are moved there.
       token_limit: logits at and after this id are never sampled (a vocabulary padded beyond the tokenizer).
     """
 
@@ -49,6 +53,7 @@ class Sampler:
     dtype: jnp.dtype = jnp.float32
     unroll: int | bool = 1
     token_limit: int | None = None
+    mesh: Mesh | None = None
 
     def __call__(self, params, batch, features, keys, *, num_samples: int, max_tokens: int, sampling: SamplingParams):
         """Sample G responses of at most R tokens to each of B prompts.
@@ -61,6 +66,11 @@ class Sampler:
         Returns: `Samples`.
         """
         batch = batch._replace(vision=None)
+        if self.mesh is not None:
+            batch = jax.tree.map(self._place, batch._replace(positions=None))._replace(
+                positions=sharding.move_rows(batch.positions, self.mesh, 1)
+            )
+            features, keys = jax.tree.map(self._place, (features, keys))
         return self._program(num_samples, max_tokens, sampling)(params, batch, features, keys)
 
     @functools.cached_property
@@ -72,10 +82,15 @@ class Sampler:
 
         return jax.jit(encode)
 
+    def _place(self, array: jax.Array) -> jax.Array:
+        assert self.mesh is not None
+        return sharding.move_rows(array, self.mesh)
+
     @functools.cache  # noqa: B019 - a sampler lives as long as the run
     def _program(self, num_samples, max_tokens, sampling):
         def sample(params, batch, features, keys):
-            return self._sample(params, batch, features, keys, num_samples, max_tokens, sampling)
+            with sharding.using(self.mesh):
+                return self._sample(params, batch, features, keys, num_samples, max_tokens, sampling)
 
         return jax.jit(sample)
 

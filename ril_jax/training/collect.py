@@ -109,16 +109,16 @@ def _sample_parts(run: Run, name: str, questions: Sequence[Question], todo: list
     """Sample these parts; of several processes each encodes its own rows, and the first writes what all sampled."""
     config, size = run.config, run.config.collect.batch_size
     if name == STUDENT:
-        model, settings, sampler, params = run.student, config.student, run.sampler, run.pi_init()
+        model, settings, sampler = run.student, config.student, run.sampler
+        params = run.for_sampling(run.pi_init())
     else:
         settings = config.teachers[name]
         model = run.open_model(f"config.teachers.{name}", settings)
         sampler, params = (
             run.make_sampler(model, settings),
-            model.load_params(run.mesh, dtype=jnp.dtype(settings.dtype), progress=of_bytes(f"load {name}")),
+            model.load_params(run.sampling_mesh, dtype=jnp.dtype(settings.dtype), progress=of_bytes(f"load {name}")),
         )
     programs = run.make_programs(model, settings)
-    params = programs.cast(params)
     encoder = PromptEncoder(model.chat, max_length=max(config.data.prompt_buckets))
     buckets, batch = run.make_buckets(model), sharding.full_batch(size, run.mesh)
     rows = buckets.layout(batch).positions

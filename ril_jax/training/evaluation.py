@@ -28,7 +28,7 @@ def evaluate(run: Run, params: Params, questions: Sequence[Question], judge: Jud
     batch = sharding.full_batch(size, run.mesh)
     rows = run.buckets.layout(batch).positions
     mine: dict[str, list] = {}  # place -> [score, length, type], of the questions of this process
-    params = run.programs.cast(params)
+    params = run.for_sampling(params)
     engine = run.student_groups(params)
     longest, greedy = run.config.sampling.max_completion_length, SamplingParams(temperature=0.0)
     asked: dict[str, Any] = dict(num_samples=1, max_tokens=longest, sampling=greedy)

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from ril_jax import objectives
+from ril_jax import objectives, sharding
 from ril_jax.models.parameters import Network, Params, cast
 from ril_jax.models.rows import response_hidden, response_logprobs
 
@@ -56,6 +57,12 @@ class Programs:
         """Parameters in the compute dtype, for sampling; they are returned as they are if they have it."""
         program = jax.jit(lambda params: cast(params, self.dtype))
         return lambda params: params if all(p.dtype == self.dtype for p in params.values()) else program(params)
+
+    @functools.cache  # noqa: B019 - programs live as long as the run
+    def move(self, mesh: Mesh):
+        """params -> the same in the compute dtype, moved by the devices to where they lie on `mesh`."""
+        where = sharding.param_shardings(self.network.specs, mesh)
+        return jax.jit(lambda params: cast(params, self.dtype), out_shardings=where)
 
     def logprobs(self, params: Params, prompts, responses, features):
         """Differentiable log-probabilities and entropies of one micro-batch, [b, S, R] each."""

@@ -111,7 +111,7 @@ class Ril:
         """
         run, mu = self.run, self.config.ril.num_iterations
         prompts = run.buckets.pack_prompts([run.encoder(q) for q in questions], batch=self.B, micro=self.micro)
-        pi_old = run.programs.cast(self.state.student.params | self.frozen)
+        pi_old = run.for_sampling(self.state.student.params | self.frozen)
         run.expect(f"ril/{self.arm}/sample", prompts)
         vision = put(prompts.vision, run.mesh)
         features = run.programs.encode(pi_old, vision) if vision is not None else None

@@ -67,6 +67,7 @@ class Run:
     def fingerprint(self) -> dict[str, Any]:
         """The config fields that define what the run computes."""
         fields = json.loads(self.config.to_json_best_effort())
+        del fields["sampling"]["layout"]  # where, as the mesh says it for training
         return {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
 
     def path(self, template: str) -> str:
@@ -119,6 +120,7 @@ class Run:
             dtype=jnp.dtype(settings.dtype),
             unroll=layers_unroll(),
             token_limit=model.chat.vocab_size,
+            mesh=None if self.sampling_mesh is self.mesh else self.sampling_mesh,
         )
 
     def make_engine(self, model: Pretrained, settings: ConfigDict, params: Params) -> Engine | None:
@@ -139,7 +141,7 @@ class Run:
             )
         shapes.max_model_len = shapes.max_model_len or longest
         with self.counter.expected(), _fields_of("config.sampling.engine"):
-            engine = make_engine(model, params, shapes, self.mesh, dtype=settings.dtype, counter=self.counter)
+            engine = make_engine(model, params, shapes, self.sampling_mesh, dtype=settings.dtype, counter=self.counter)
             engine.warm_up()
         sharding.use(self.mesh)  # the run's own programs are for its mesh
         self.counter.cold()  # the run's own programs are still to come
@@ -153,6 +155,17 @@ class Run:
             self._engines["student"] = self.make_engine(self.student, self.config.student, params)
         engine = self._engines["student"]
         return None if engine is None else EngineSampler(engine, self.student.chat, launching=launching)
+
+    @functools.cached_property
+    def sampling_mesh(self) -> Mesh:
+        """The mesh that weights lie on for sampling (config.sampling.layout)."""
+        return sharding.sampling_mesh(self.mesh, self.config.sampling.layout)
+
+    def for_sampling(self, params: Params) -> Params:
+        """The student's weights as its sampler wants them: in the compute dtype, on the sampling mesh."""
+        if self.sampling_mesh is self.mesh:
+            return self.programs.cast(params)
+        return self.programs.move(self.sampling_mesh)(params)
 
     @functools.cached_property
     def buckets(self) -> Buckets:

@@ -3,6 +3,7 @@
 python -m helpers.sharded FOLDER data,fsdp,tensor OUTPUT.npz
 """
 
+import dataclasses
 import os
 import sys
 from typing import Any
@@ -64,6 +65,19 @@ def main(folder: str, sizes: str, output: str) -> None:
         )  # fmt: skip
         drawn = [layout.in_order(np.asarray(values)) for values in (samples.token_ids, samples.logprobs)]
         out[name], out[name + "_logprobs"] = drawn
+
+    if fsdp > 1:
+        for kind in ("replicated", "tensor"):
+            where = sharding.sampling_mesh(mesh, kind)
+            with jax.transfer_guard("disallow_explicit"):
+                moved = jax.block_until_ready(programs.move(where)(params))
+            parts = [p.size // int(np.prod(p.sharding.shard_shape(p.shape))) for p in moved.values()]
+            out[f"{kind}_parts"] = np.asarray(parts)
+            samples = dataclasses.replace(sampler, mesh=where)(
+                moved, put(flatten_micro(packed, layout.groups), mesh, micro=False), flatten_features(features),
+                put(layout.flat(keys), mesh, micro=False), num_samples=G, max_tokens=R, sampling=SamplingParams(),
+            )  # fmt: skip
+            out[kind] = layout.in_order(np.asarray(samples.token_ids))
 
     responses = [[rng.integers(10, 280, rng.integers(2, R + 1)).astype(np.int32) for _ in range(S)] for _ in range(B)]
     answers = buckets.pack_responses(responses, batch=B, micro=MICRO)

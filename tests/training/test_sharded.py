@@ -44,6 +44,14 @@ def test_samples_are_the_same_on_every_mesh(results):
     assert len(np.unique(one["drawn"])) > 50
 
 
+def test_samples_are_the_same_where_weights_are_moved_for_them(results):
+    """By the devices alone (a transfer guard stands around it); onto as many of them as the layout says."""
+    many = results["2,2,2"]
+    for layout, most in (("replicated", 2), ("tensor", 4)):
+        np.testing.assert_array_equal(many[layout], results["1,1,1"]["drawn"], err_msg=layout)
+        assert many[f"{layout}_parts"].max() == most, layout
+
+
 def test_losses_and_gradients_are_the_same_on_every_mesh(results):
     one = results["1,1,1"]
     compared = [name for name in one if name.startswith(("score", "entropy", "ril", "sft"))]
