@@ -122,7 +122,7 @@ def test_every_mesh_gives_what_one_device_gives(tmp_path):
     """In a process of its own with eight virtual devices; see `helpers/attention_cases.py`."""
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
     command = [sys.executable, "-m", "helpers.attention_cases", str(tmp_path / "out.npz")]
-    subprocess.run(command, check=True, env=environment, timeout=240)
+    subprocess.run(command, check=True, env=environment, timeout=420)
     with np.load(tmp_path / "out.npz") as arrays:
         found = {name: arrays[name] for name in arrays}
     names = {name.rpartition("/")[0] for name in found}
