@@ -30,8 +30,8 @@ FLAGS = (
     cli.Flag("programs", list, [], "words; only programs whose names contain one"),
 )
 _HEADER = (
-    "| program | shapes | compile | peak HBM | headroom | TFLOP a chip | compute | memory | network | floor |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "| program | shapes | compile | peak HBM | of it beside | headroom | TFLOP a chip | compute | memory | network | floor |",
+    "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -87,7 +87,7 @@ def _row(c: Compiled) -> str:
     parts = c.parts
     cells = [
         c.program.name, c.program.shapes, f"{c.seconds:.0f} s", "over" if math.isinf(c.peak) else _gib(c.peak),
-        "none" if math.isinf(c.peak) else _gib(c.headroom), f"{c.flops / 1e12:.2f}",
+        _gib(c.program.beside), "none" if math.isinf(c.peak) else _gib(c.headroom), f"{c.flops / 1e12:.2f}",
         *(f"{1e3 * parts[name]:.1f} ms" for name in ("compute", "memory", "network")), f"{1e3 * c.roofline:.1f} ms",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

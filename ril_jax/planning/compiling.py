@@ -17,7 +17,7 @@ class Program:
 
     Attributes:
       name, shapes: for people. hbm_bytes, network_bytes: bytes that a chip moves in one run (analytic, an estimate).
-      tokens: that one run handles. runs: how often a step runs it. while_trips: of its loops, for the FLOPs.
+      beside: bytes of a chip that other arrays of the run take meanwhile. tokens: that one run handles. runs: how often a step runs it. while_trips: of its loops, for the FLOPs.
       across_slices: the part of network_bytes that goes between slices.
     """
 
@@ -28,6 +28,7 @@ class Program:
     hbm_bytes: float = 0.0
     network_bytes: float = 0.0
     across_slices: float = 0.0
+    beside: float = 0.0
     tokens: float = 0.0
     runs: float = 1.0
     while_trips: int = 1
@@ -35,7 +36,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came of it: seconds to compile, peak bytes of HBM a chip, FLOPs a chip, and `error` if it does not fit."""
+    """What came of it: seconds to compile, peak bytes of HBM a chip (`beside` included), FLOPs a chip, and `error` if it does not fit."""
 
     program: Program
     topology: Topology
@@ -89,7 +90,7 @@ def compile_program(program: Program, topology: Topology, *, full_effort: bool =
         memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )  # fmt: skip
-    return Compiled(program, topology, time.monotonic() - start, float(peak), total)
+    return Compiled(program, topology, time.monotonic() - start, float(peak) + program.beside, total)
 
 
 def _low_effort() -> dict[str, Any]:

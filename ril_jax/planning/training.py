@@ -1,6 +1,7 @@
 """The programs of a training config, with abstract arguments at the largest bucket of each."""
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -98,6 +99,7 @@ class TrainingPlan:
         return [
             Program(
                 "encode images", images, self.programs.encode, (self._params(self.dtype), vision),
+                beside=self._beside(),
                 **self._weight_bytes("vision.", passes=c.batch_size // micro),
             )
         ]  # fmt: skip
@@ -115,7 +117,7 @@ class TrainingPlan:
         shapes = " x ".join(f"{name} {count}" for name, count in mesh.shape.items())
         return [
             Program(
-                "move weights", f"to {shapes}", self.programs.move(mesh), (params,),
+                "move weights", f"to {shapes}", self.programs.move(mesh), (params,), beside=self._beside("master weights"),
                 hbm_bytes=before + after, network_bytes=after * (fsdp - 1) / fsdp,
             )
         ]  # fmt: skip
@@ -152,7 +154,7 @@ class TrainingPlan:
         return Program(
             "sample", f"{B} prompts of {P}, {G} x {L} tokens each", program,
             (self._params(self.dtype, mesh=mesh), prompts, features, keys),
-            tokens=B * G * L, while_trips=L, **weights,
+            beside=self._beside(), tokens=B * G * L, while_trips=L, **weights,
         )  # fmt: skip
 
     def score(self) -> Program:
@@ -163,7 +165,7 @@ class TrainingPlan:
         features = self._features(c.batch_size // micro, micro)
         return Program(
             "reference log-probs", f"{c.batch_size // micro} x {micro} rows of {P} + {S} x {R}", self.programs.score,
-            (self._params(self.dtype), prompts, responses, features),
+            (self._params(self.dtype), prompts, responses, features), beside=self._beside("reference"),
             tokens=c.batch_size * (P + S * R), **self._weight_bytes("text.", passes=c.batch_size // micro),
         )  # fmt: skip
 
@@ -181,7 +183,7 @@ class TrainingPlan:
         update = discriminator_lib._make_update(programs, optimizer, c.loss, ril.num_generations)
         return Program(
             "discriminator update", f"{ril.batch_size // micro} x {micro} rows of {P} + {S} x {R}", update,
-            (state, frozen, (*rows, self._normalizer(ril.batch_size // micro))),
+            (state, frozen, (*rows, self._normalizer(ril.batch_size // micro))), beside=self._beside("discriminator"),
             tokens=ril.batch_size * (P + S * R), **self._training_bytes(ril.batch_size, micro, P + S * R, trained),
         )  # fmt: skip
 
@@ -208,7 +210,7 @@ class TrainingPlan:
         )  # fmt: skip
         return Program(
             "RIL update", f"{M} x {micro} rows of {P} + {S} x {R}", update, (state, frozen, batch),
-            tokens=B * (P + S * R), runs=c.num_iterations, **self._training_bytes(B, micro, P + S * R, trained),
+            beside=self._beside("master weights", "moments"), tokens=B * (P + S * R), runs=c.num_iterations, **self._training_bytes(B, micro, P + S * R, trained),
         )  # fmt: skip
 
     # --- arguments ---
@@ -292,6 +294,27 @@ class TrainingPlan:
 
     # --- bytes, analytic ---
 
+    def _beside(self, *own: str) -> float:
+        """Bytes of a chip that the RIL stage keeps while a program runs, but for what it has as arguments (`own`)."""
+        return sum(size for name, size in self._kept.items() if name not in own)
+
+    @functools.cached_property
+    def _kept(self) -> dict[str, float]:
+        """The student's state, pi_ref, and the discriminator's state: bytes of a chip."""
+        c, d = self.config.ril, self.config.discriminator
+        params = self._params(jnp.float32)
+        trained, _ = self._split(c)
+        state = abstract_state(trained, make_optimizer(c, learning_rate=c.learning_rate), self.mesh)
+        kept = {"master weights": chip_bytes(params), "moments": chip_bytes(state.opt_state)}
+        if c.beta:
+            kept["reference"] = chip_bytes(self._params(self.dtype))
+        if d.enabled:
+            params = self._params(jnp.float32, make_discriminator(self.model, context=d.context))
+            trained, frozen = split_frozen(params, train_vision=False)
+            state = abstract_state(trained, make_optimizer(d, learning_rate=d.ril_learning_rate), self.mesh)
+            kept["discriminator"] = chip_bytes((state, frozen))
+        return kept
+
     def _weight_bytes(self, prefix: str, *, passes: float, mesh: Mesh | None = None) -> dict[str, Any]:
         """Reading the weights in the compute dtype `passes` times, each gathered over fsdp."""
         mesh = mesh or self.mesh
@@ -336,6 +359,14 @@ def abstract_params(network: Network, dtype: Any, shardings: dict[str, NamedShar
 def _smallest(rungs: list[Any], fits: Any) -> Any:
     held = [rung for rung in rungs if fits(rung)]
     return min(held, key=lambda r: r.size) if held else max(rungs, key=lambda r: r.size)
+
+
+def chip_bytes(tree: Any) -> float:
+    """Bytes of abstract arrays on one chip."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def stacked_bytes(tree: Any) -> float:

@@ -123,6 +123,7 @@ class Ril:
             drawn = [self.draw_teachers(step, b, q) for b, q in zip(places, questions, strict=True)]
             self.ask(verdicts, questions, [[r.text for r in row[: self.num_teacher]] for row in drawn])
             group = self.sample(step, questions, drawn, prompts, pi_old, features, verdicts)
+            del pi_old  # in the compute dtype it is a copy, which the updates need not hold
             self.ask(verdicts, questions, [texts[: self.G] for texts in group.texts])
             metrics: dict[str, float] = {}
 
