@@ -108,6 +108,9 @@ def _student(config: ConfigDict) -> ConfigDict:
         max_completion_length=e.max_tokens,
     )  # fmt: skip
     c.generate.num_generations = 1
+    path = Path(c.checkpoint)
+    if path.name in ("model", "best") and not c.generate.model_name and not c.generate.base_url:
+        c.generate.model_name = "/".join(path.resolve().parts[-4:])  # of a run: WORKDIR/ril/ARM/model
     return c
 
 

@@ -30,7 +30,7 @@ FLAGS = (
     cli.Flag("programs", list, [], "words; only programs whose names contain one"),
 )
 _HEADER = (
-    "| program | shapes | compile | peak HBM | of it beside | headroom | TFLOP a chip | compute | memory | network | floor |",
+    "| program | shapes | compile | peak HBM | beside | headroom | TFLOP a chip | compute | memory | network | floor |",
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 

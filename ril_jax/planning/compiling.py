@@ -17,8 +17,9 @@ class Program:
 
     Attributes:
       name, shapes: for people. hbm_bytes, network_bytes: bytes that a chip moves in one run (analytic, an estimate).
-      beside: bytes of a chip that other arrays of the run take meanwhile. tokens: that one run handles. runs: how often a step runs it. while_trips: of its loops, for the FLOPs.
-      across_slices: the part of network_bytes that goes between slices.
+      across_slices: the part of network_bytes that goes between slices. beside: bytes of a chip that other arrays of
+        the run take meanwhile. tokens: that one run handles. runs: how often a step runs it. while_trips: of its loops,
+        for the FLOPs.
     """
 
     name: str
@@ -36,7 +37,8 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came of it: seconds to compile, peak bytes of HBM a chip (`beside` included), FLOPs a chip, and `error` if it does not fit."""
+    """What came of it: seconds to compile, peak bytes of HBM a chip with what lies beside, FLOPs a chip, and `error` if
+    it does not fit."""
 
     program: Program
     topology: Topology

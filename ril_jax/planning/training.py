@@ -117,8 +117,9 @@ class TrainingPlan:
         shapes = " x ".join(f"{name} {count}" for name, count in mesh.shape.items())
         return [
             Program(
-                "move weights", f"to {shapes}", self.programs.move(mesh), (params,), beside=self._beside("master weights"),
-                hbm_bytes=before + after, network_bytes=after * (fsdp - 1) / fsdp,
+                "move weights", f"to {shapes}", self.programs.move(mesh), (params,),
+                beside=self._beside("master weights"), hbm_bytes=before + after,
+                network_bytes=after * (fsdp - 1) / fsdp,
             )
         ]  # fmt: skip
 
@@ -210,7 +211,8 @@ class TrainingPlan:
         )  # fmt: skip
         return Program(
             "RIL update", f"{M} x {micro} rows of {P} + {S} x {R}", update, (state, frozen, batch),
-            beside=self._beside("master weights", "moments"), tokens=B * (P + S * R), runs=c.num_iterations, **self._training_bytes(B, micro, P + S * R, trained),
+            beside=self._beside("master weights", "moments"), tokens=B * (P + S * R), runs=c.num_iterations,
+            **self._training_bytes(B, micro, P + S * R, trained),
         )  # fmt: skip
 
     # --- arguments ---
@@ -305,7 +307,7 @@ class TrainingPlan:
         params = self._params(jnp.float32)
         trained, _ = self._split(c)
         state = abstract_state(trained, make_optimizer(c, learning_rate=c.learning_rate), self.mesh)
-        kept = {"master weights": chip_bytes(params), "moments": chip_bytes(state.opt_state)}
+        kept = {"master weights": chip_bytes(params), "moments": chip_bytes(state.opt)}
         if c.beta:
             kept["reference"] = chip_bytes(self._params(self.dtype))
         if d.enabled:
@@ -367,8 +369,3 @@ def chip_bytes(tree: Any) -> float:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
     )
-
-
-def stacked_bytes(tree: Any) -> float:
-    """Bytes of abstract arrays, all chips together."""
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
