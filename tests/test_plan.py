@@ -75,18 +75,19 @@ def test_every_program_of_a_run_compiles_for_a_slice(family, tmp_path):
     c.data.max_pixels, c.data.max_tiles = 112 * 112, 1
     c.data.vision_rungs = ((128, 2, 64), (512, 8, 64), (4,), (16,))
     c.sampling.max_completion_length = 128
+    c.sampling.layout = "tensor" if family == "qwen" else "training"
     topology = Topology.parse("v5e:2x2")
     plan = TrainingPlan(c, topology, topology.mesh(data=1, fsdp=2, tensor=2))
     names = set()
     for program in plan.all():
         compiled = compile_program(program, topology)
         assert compiled.fits, (program.name, compiled.error)
-        assert compiled.flops > 0
+        assert compiled.flops > 0 or program.name == "move weights"
         assert compiled.peak > 0
         names.add(program.name)
     assert names == {
         "sft update", "encode images", "sample", "reference log-probs", "discriminator update", "RIL update",
-    }  # fmt: skip
+    } | ({"move weights"} if family == "qwen" else set())  # fmt: skip
 
 
 def test_every_program_of_the_engine_compiles_for_a_slice(tiny_vl):
