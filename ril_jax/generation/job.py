@@ -124,9 +124,9 @@ class _Loop:
 
     def _leave(self) -> None:
         end = time.monotonic() + _GRACE
-        while self._running and (left := end - time.monotonic()) > 0:
-            with contextlib.suppress(queue.Empty):
-                self._hear(timeout=left)
+        with contextlib.suppress(queue.Empty):
+            while self._running:  # what has come by the end is kept, however long that takes
+                self._hear(timeout=max(end - time.monotonic(), 0.0))
         rows, left_over = self._folder.num_rows, 0
         for shard, opened in self._open.items():
             left_over += len(self._folder.rows_of(shard)) - len(opened.rows.keys() | opened.kept.keys())
