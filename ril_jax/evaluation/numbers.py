@@ -17,6 +17,7 @@ _ANNOUNCED = re.compile(
     r"|(?:答案|结果)\s*(?:应该是|应为|是|为)?\s*[:：]?\s*([^\n]+)",
     re.I,
 )
+_CONCLUDED = re.compile(r"\b(?:so|thus|hence|therefore)\b[\s,:]+(?=\S)|(?:因此|所以)[，,\s]*(?=\S)", re.I)
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+]?\.\d+"
 _FRACTION = rf"({_NUMBER})\s?/\s?(\d+(?:\.\d+)?)"
 _VALUE = re.compile(rf"(?<![A-Za-z0-9_.])(?:{_FRACTION}|({_NUMBER}))(?![\d])(?!\.\d)")
@@ -46,7 +47,7 @@ _WORDS = [
 
 
 def final_answer(response: str) -> str:
-    """What a response gives as its answer, on one line: boxed or tagged, announced, or its last line."""
+    """What a response gives as its answer, on one line: boxed or tagged, announced, or its last line from "so" on."""
     text = unicodedata.normalize("NFKC", response)
     for pattern in _TAGGED:
         if found := pattern.findall(text):
@@ -58,7 +59,7 @@ def final_answer(response: str) -> str:
     if last:
         return _undressed(re.split(r"(?<=\D)[.;。；](?=\s|$)|(?<=\d)[.;。；](?=\s+[A-Z]|\s*$)", last, maxsplit=1)[0])
     lines = [line for line in text.splitlines() if line.strip()]
-    return _undressed(lines[-1]) if lines else ""
+    return _undressed(_CONCLUDED.split(lines[-1])[-1]) if lines else ""
 
 
 def relaxed_correct(answer: str, target: str, *, tolerance: float = 0.05) -> bool:

@@ -294,3 +294,11 @@ def test_the_engine_answers_and_so_does_its_judge(data, folder, loaded, monkeypa
     assert results["mmvet"]["judge"] == "tiny"
     replies = (folder / "a" / "mmvet" / "judge-tiny-0-of-1.jsonl").read_text().splitlines()
     assert [type(json.loads(line)["text"]) for line in replies] == [str]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [("W/ril/ril/model", "W/ril/ril/model"), ("W/ril/ril/best", "W/ril/ril/best"), ("W/Qwen2.5-VL-7B", "")],
+)
+def test_a_run_s_model_is_called_by_its_place(tmp_path, checkpoint, name):
+    assert evaluate._student(evaluated_config(tmp_path / checkpoint)).generate.model_name == name
