@@ -18,4 +18,4 @@ from ril_jax.paper import student_config
 
 def get_config(teacher: str = "internvl78b") -> ConfigDict:
     """`qwen72b`, `internvl78b` or `both` are sampled in this run; `cached`: their responses are there already."""
-    return student_config("OpenGVLab/InternVL3-8B-hf", teacher, micro_batch=4)  # [P] the student
+    return student_config("OpenGVLab/InternVL3-8B-hf", teacher, micro_batch=4, tensor=4)  # [P] the student

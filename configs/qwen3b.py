@@ -18,4 +18,4 @@ from ril_jax.paper import student_config
 
 def get_config(teacher: str = "qwen72b") -> ConfigDict:
     """`qwen72b`, `internvl78b` or `both` are sampled in this run; `cached`: their responses are there already."""
-    return student_config("Qwen/Qwen2.5-VL-3B-Instruct", teacher, micro_batch=8)  # [P] the student
+    return student_config("Qwen/Qwen2.5-VL-3B-Instruct", teacher, micro_batch=8, tensor=2)  # [P] the student

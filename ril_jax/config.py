@@ -58,8 +58,8 @@ def default_config() -> ConfigDict:
     c.sampling.top_k = 50  # [P]
     c.sampling.repetition_penalty = 1.05  # [P]
     c.sampling.max_completion_length = 512  # [R]
-    # Where the student's and the teachers' weights lie meanwhile: as in "training"; "replicated" over data and fsdp, to
-    # which they are gathered once a step and not for every token; or with "tensor" parallelism over fsdp, too.
+    # Where the student's weights lie meanwhile: as in "training"; "replicated" over data and fsdp, to which they are
+    # gathered once a step and not for every token; or with "tensor" parallelism over fsdp, too.
     c.sampling.layout = "training"
     c.sampling.backend = "batch"  # a batch of groups in one program, or "engine": responses leave when they end
     c.sampling.engine = engine_config()  # for "engine"
@@ -74,6 +74,7 @@ def default_config() -> ConfigDict:
     c.collect.num_generations = 16  # [P] per question and model
     c.collect.batch_size = 32  # questions sampled together
     c.collect.num_questions = 0  # the first so many of data.questions; 0 for all
+    c.collect.layout = "training"  # of a teacher's weights, as sampling.layout of the student's
     c.collect.student = True  # collect the student's responses too (the discriminator is pre-trained on them)
 
     c.discriminator = training(batch_size=64, steps=300, learning_rate=1e-5, final_learning_rate=1e-6)  # lr [P]
@@ -345,6 +346,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "reward.judge.kind", ("rules", "openai", "engine", "none"))
     _choice(config, "student.dtype", ("bfloat16", "float32"))
     _choice(config, "sampling.layout", ("training", "replicated", "tensor"))
+    _choice(config, "collect.layout", ("training", "replicated", "tensor"))
     _choice(config, "sampling.backend", ("batch", "engine"))
     _choice(config, "attention", ("auto", "xla", "pallas"))
     _validate_rungs(config)

@@ -16,13 +16,14 @@ _QWEN_PROMPTS = (640, 1024, 1536)  # an image takes 32 to 512 tokens, its questi
 _TILE_PROMPTS = (640, 1280, 2304, 3840)  # an image of 6 tiles and its thumbnail takes 1792 tokens; the last is for two
 
 
-def student_config(checkpoint: str, teachers: str, *, micro_batch: int) -> ConfigDict:
+def student_config(checkpoint: str, teachers: str, *, micro_batch: int, tensor: int = 1) -> ConfigDict:
     """The config of a student of the paper.
 
     Args:
       teachers: "qwen72b" or "internvl78b", which are sampled in this run before RIL; "both", half of a question's
         teacher responses each; "cached", whose responses are in config.data.teacher_data.
       micro_batch: questions that are on the devices at once in training; twice as many are sampled together.
+      tensor: chips that share a layer's heads, where the machine has so many; weights lie whole on them for sampling.
 
     Raises InputError for other teachers.
     """
@@ -35,6 +36,8 @@ def student_config(checkpoint: str, teachers: str, *, micro_batch: int) -> Confi
         add_teacher(c, name, TEACHERS[name])
     _set_what_the_paper_states(c)
     _set_shapes(c, micro_batch)
+    c.mesh.tensor = tensor
+    c.sampling.layout = "replicated"
     return c
 
 

@@ -43,7 +43,10 @@ def mesh_of(devices: Sequence[Any], *, data: int, fsdp: int, tensor: int) -> Mes
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(free) > 1 or fixed <= 0 or len(devices) % fixed or (not free and fixed != len(devices)):
-        raise InputError(f"config.mesh {sizes} does not fit {len(devices)} devices; leave at most one axis at -1")
+        raise InputError(
+            f"config.mesh {sizes} does not fit {len(devices)} devices; leave one axis at -1 and give the others sizes "
+            f"whose product divides that, such as --config.mesh.tensor=1"
+        )
     if free:
         sizes[free[0]] = len(devices) // fixed
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))

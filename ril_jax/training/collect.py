@@ -115,8 +115,8 @@ def _sample_parts(run: Run, name: str, questions: Sequence[Question], todo: list
         settings = config.teachers[name]
         model = run.open_model(f"config.teachers.{name}", settings)
         sampler, params = (
-            run.make_sampler(model, settings),
-            model.load_params(run.sampling_mesh, dtype=jnp.dtype(settings.dtype), progress=of_bytes(f"load {name}")),
+            run.make_sampler(model, settings, run.teacher_mesh),
+            model.load_params(run.teacher_mesh, dtype=jnp.dtype(settings.dtype), progress=of_bytes(f"load {name}")),
         )
     programs = run.make_programs(model, settings)
     encoder = PromptEncoder(model.chat, max_length=max(config.data.prompt_buckets))
@@ -125,7 +125,7 @@ def _sample_parts(run: Run, name: str, questions: Sequence[Question], todo: list
     if name == STUDENT:
         engine = run.student_groups(params)
     else:
-        made = run.make_engine(model, settings, params)
+        made = run.make_engine(model, settings, params, run.teacher_mesh)
         engine = None if made is None else EngineSampler(made, model.chat)
     asked: dict[str, Any] = dict(
         num_samples=config.collect.num_generations, max_tokens=config.sampling.max_completion_length,

@@ -67,7 +67,7 @@ class Run:
     def fingerprint(self) -> dict[str, Any]:
         """The config fields that define what the run computes."""
         fields = json.loads(self.config.to_json_best_effort())
-        del fields["sampling"]["layout"]  # where, as the mesh says it for training
+        del fields["sampling"]["layout"], fields["collect"]["layout"]  # where, as the mesh says it for training
         return {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
 
     def path(self, template: str) -> str:
@@ -112,7 +112,9 @@ class Run:
         """The student's sampler."""
         return self.make_sampler(self.student, self.config.student)
 
-    def make_sampler(self, model: Pretrained, settings: ConfigDict) -> Sampler:
+    def make_sampler(self, model: Pretrained, settings: ConfigDict, mesh: Mesh | None = None) -> Sampler:
+        """A sampler of weights on `mesh`, by default the student's sampling mesh."""
+        mesh = mesh or self.sampling_mesh
         return Sampler(
             model.network,
             model.chat.eos_token_ids,
@@ -120,11 +122,13 @@ class Run:
             dtype=jnp.dtype(settings.dtype),
             unroll=layers_unroll(),
             token_limit=model.chat.vocab_size,
-            mesh=None if self.sampling_mesh is self.mesh else self.sampling_mesh,
+            mesh=None if mesh is self.mesh else mesh,
         )
 
-    def make_engine(self, model: Pretrained, settings: ConfigDict, params: Params) -> Engine | None:
-        """An engine, warmed up, where config.sampling.backend asks for one. `params` in the compute dtype.
+    def make_engine(
+        self, model: Pretrained, settings: ConfigDict, params: Params, mesh: Mesh | None = None
+    ) -> Engine | None:
+        """An engine, warmed up, where config.sampling.backend asks for one. `params` in the compute dtype, on `mesh`.
 
         Raises InputError for settings that do not go together.
         """
@@ -141,7 +145,9 @@ class Run:
             )
         shapes.max_model_len = shapes.max_model_len or longest
         with self.counter.expected(), _fields_of("config.sampling.engine"):
-            engine = make_engine(model, params, shapes, self.sampling_mesh, dtype=settings.dtype, counter=self.counter)
+            engine = make_engine(
+                model, params, shapes, mesh or self.sampling_mesh, dtype=settings.dtype, counter=self.counter
+            )
             engine.warm_up()
         sharding.use(self.mesh)  # the run's own programs are for its mesh
         self.counter.cold()  # the run's own programs are still to come
@@ -158,8 +164,13 @@ class Run:
 
     @functools.cached_property
     def sampling_mesh(self) -> Mesh:
-        """The mesh that weights lie on for sampling (config.sampling.layout)."""
+        """The mesh that the student's weights lie on for sampling (config.sampling.layout)."""
         return sharding.sampling_mesh(self.mesh, self.config.sampling.layout)
+
+    @functools.cached_property
+    def teacher_mesh(self) -> Mesh:
+        """The mesh that a teacher's weights lie on (config.collect.layout)."""
+        return sharding.sampling_mesh(self.mesh, self.config.collect.layout)
 
     def for_sampling(self, params: Params) -> Params:
         """The student's weights as its sampler wants them: in the compute dtype, on the sampling mesh."""
