@@ -203,6 +203,7 @@ def test_two_processes_compute_stop_and_die_together(tmp_path):
         status = processes[0].wait(timeout=60)
         assert status != 0
         assert time.monotonic() - started > 1, "it should have been waiting"
+        assert "error: process 1 is gone: no sign of life for 20 seconds" in outputs[0].read_text()
 
 
 MISSING = """
