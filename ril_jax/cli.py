@@ -11,9 +11,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,7 @@ def run(
             print(_usage(argv, main, required, flags))
             sys.exit(0)
         args = parse_arguments(argv, required=required, flags=flags)
+        look_for_no_absent_tpu()
         if processes:
             distributed.initialize(args)
         status = main(args)
@@ -79,6 +81,22 @@ def run(
             raise
         distributed.leave_by_bug(error)
     sys.exit(status or 0)
+
+
+def look_for_no_absent_tpu(env: MutableMapping[str, str] = os.environ, devices: Path = Path("/dev")) -> bool:
+    """Keep JAX on the CPU where libtpu is installed for its compiler alone (`ril_jax.plan`). Returns whether it did so.
+
+    JAX would find no TPU, after much noise, and hold a lock that other processes wait for. Nothing is done where a
+    platform is chosen, or a TPU or GPU is attached.
+    """
+    told = [name for name in ("JAX_PLATFORMS", "TPU_NAME", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_ID") if env.get(name)]
+    attached = [path for kind in ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd") for path in devices.glob(kind)]
+    if told or attached or importlib.util.find_spec("libtpu") is None:
+        return False
+    env["JAX_PLATFORMS"] = "cpu"
+    if env is os.environ and "jax" in sys.modules:  # it has read its environment
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+    return True
 
 
 def parse_arguments(

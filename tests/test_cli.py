@@ -218,3 +218,31 @@ def test_required_flags_are_asked_for(config):
     with pytest.raises(InputError, match="no --config=FILE is given"):
         cli.parse_arguments(["prog", "--workdir=w", "--config.steps=1"])
     assert cli.parse_arguments(["prog"], required=()).config is None
+
+
+# --- libtpu without a TPU ---
+
+
+def test_jax_looks_for_no_tpu_where_only_its_compiler_is_installed(tmp_path, monkeypatch):
+    pytest.importorskip("libtpu")
+    env: dict[str, str] = {}
+    assert cli.look_for_no_absent_tpu(env, tmp_path)
+    assert env == {"JAX_PLATFORMS": "cpu"}
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert not cli.look_for_no_absent_tpu({}, tmp_path)
+
+
+@pytest.mark.parametrize("device", ["accel0", "vfio/1", "nvidia0", "kfd"])
+def test_an_accelerator_that_is_there_is_left_to_jax(tmp_path, device):
+    (tmp_path / device).parent.mkdir(exist_ok=True)
+    (tmp_path / device).touch()
+    env: dict[str, str] = {}
+    assert not cli.look_for_no_absent_tpu(env, tmp_path)
+    assert env == {}
+
+
+@pytest.mark.parametrize("name", ["JAX_PLATFORMS", "TPU_NAME"])
+def test_a_platform_that_is_chosen_stays(tmp_path, name):
+    env = {name: "tpu"}
+    assert not cli.look_for_no_absent_tpu(env, tmp_path)
+    assert env == {name: "tpu"}
