@@ -83,10 +83,10 @@ class Checkpointer:
         """The steps of which a complete checkpoint lies on disk, oldest first."""
         # Listed here and not asked of orbax, whose list holds a step from the moment that its save begins.
         # The first process looks, since a network's file system may show the others an earlier state.
-        return processes.decide(
-            lambda: sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir()),
-            "which checkpoints there are",
-        )
+        return processes.decide(self._listed, "which checkpoints there are")
+
+    def _listed(self) -> list[int]:
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit() and path.is_dir())
 
     def save(self, step: int, arrays: Any, host: Mapping[str, Any], *, force: bool = False) -> bool:
         """Start saving the state after `step` if it is due (or `force`), and return whether `step` has a checkpoint.
@@ -208,8 +208,9 @@ class Checkpointer:
                 raise
             good = "no complete checkpoint is there yet"
             if hasattr(self, "_manager"):
-                self._drop_unfinished()
-                steps = self.steps()
+                if processes.count() == 1:  # of several this one may be alone with its error
+                    self._drop_unfinished()
+                steps = self._listed()
                 good = f"the last good checkpoint is step {steps[-1]}" if steps else good
             raise InputError(
                 f"checkpoint folder {self.folder}: {doing} failed: {reason}; {good}; free some space or make the "
