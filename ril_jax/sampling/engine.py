@@ -3,7 +3,8 @@
 Prompts are cut into chunks; a step prefills some chunks, then draws a few tokens for every slot in one device call. A
 request's tokens depend on the request alone: its chunks are always cut at the same places, each runs in the program
 that its own length asks for, no row of a program reads another, and its random numbers come from its seed and its
-tokens' places.
+tokens' places. What is left is rounding: how many others run decides which decode program draws, and programs of
+several sizes differ in the last bits; `small_slots=0` makes one program of all, and a request's bits always the same.
 """
 
 import dataclasses

@@ -55,6 +55,11 @@ class Tiles:
         return len(self.pixels)
 
     @property
+    def grid(self) -> tuple[int, int, int]:
+        side = self.pixels.shape[-1] // PATCH
+        return len(self.pixels), side, side
+
+    @property
     def num_tokens(self) -> int:
         return self.num_tiles * (self.pixels.shape[-1] // PATCH) ** 2 // self.merge
 
