@@ -220,7 +220,7 @@ def engine_config() -> ConfigDict:
     """The shapes of the sampling engine (sampling/engine_programs.py); they decide memory and what is compiled."""
     c = ConfigDict()
     c.slots = 64  # responses that are decoded at once
-    c.small_slots = 8  # the smallest decode program is for so many, the next for four times as many ...; 0 for none
+    c.small_slots = 0  # a decode program for so many, one for four times as many ...: quicker for few; 0 for none
     c.max_model_len = 4096  # tokens of prompt and response together
     c.page_size = 64  # tokens a page of the key-value cache
     c.num_pages = 0  # of the cache; 0 for as many as all slots can fill

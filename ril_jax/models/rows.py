@@ -5,12 +5,15 @@ This is the group-shared form. With S = 1 it is the ordinary form that SFT uses.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from ril_jax import objectives
+from ril_jax import objectives, sharding
 from ril_jax.models.vlm import VisionLanguageModel
 
 if TYPE_CHECKING:  # for the names of the arrays alone; data stands above models
@@ -66,7 +69,7 @@ def response_logprobs(
 ):
     """Log-probability (temperature 1, raw model) and entropy of every response token.
 
-    Arguments as `response_hidden`; chunk: tokens whose [V] logits stand at the same time.
+    Arguments as `response_hidden`; chunk: tokens of a device whose [V] logits stand at the same time.
 
     Returns: (logprobs [B, S, R], entropy [B, S, R]) float32; values outside `responses.mask` have no meaning.
     """
@@ -76,12 +79,25 @@ def response_logprobs(
     # The first token of every response is predicted by the prompt's last.
     first = jnp.broadcast_to(last[:, None, None], (B, S, 1, D))
     predicting = jnp.concatenate([first, hidden[:, :, :-1]], axis=2)
-    logprobs, entropy = objectives.chunked_logprobs(
-        predicting.reshape(-1, D),
-        model.text.head().astype(dtype),
-        responses.token_ids.reshape(-1),
-        chunk=chunk,
-        tied=True,
+    score = _over_rows(functools.partial(objectives.chunked_logprobs, chunk=chunk, tied=True), B)
+    logprobs, entropy = score(
+        predicting.reshape(-1, D), model.text.head().astype(dtype), responses.token_ids.reshape(-1)
     )
-    assert entropy is not None
     return logprobs.reshape(B, S, R), entropy.reshape(B, S, R)
+
+
+def _over_rows(score: Callable, rows: int) -> Callable:
+    """`score(hidden [N, D], head, targets [N])` on every device of data and fsdp with its share of the rows.
+
+    Left to the compiler, the head is gathered and its gradient summed over all devices for every chunk of tokens;
+    this way it is gathered once, and what each device has summed up goes around once. What lies over `tensor` is left
+    to the compiler.
+    """
+    mesh = sharding.mesh_in_use()
+    if mesh is None or sharding.num_shards(mesh) == 1 or rows % sharding.num_shards(mesh):
+        return score
+    of_rows = PartitionSpec(sharding.BATCH)
+    return jax.shard_map(
+        score, mesh=mesh, in_specs=(of_rows, PartitionSpec(), of_rows), out_specs=of_rows,
+        axis_names=set(sharding.BATCH), check_vma=False,
+    )  # fmt: skip

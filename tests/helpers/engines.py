@@ -15,7 +15,7 @@ GREEDY = SamplingParams(temperature=0.0)
 DRAWN = SamplingParams(temperature=1.0)
 FILTERED = SamplingParams(temperature=0.9, top_k=40, top_p=0.9, repetition_penalty=1.2)
 SHAPES = EngineShapes(
-    slots=6, small_slots=1, max_model_len=160, page_size=8, num_pages=140, prefill=((16, 3), (32, 2)), decode_steps=4,
+    slots=6, small_slots=0, max_model_len=160, page_size=8, num_pages=140, prefill=((16, 3), (32, 2)), decode_steps=4,
     attention_block=32, feature_rows=192,
 )  # fmt: skip
 

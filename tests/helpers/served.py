@@ -75,7 +75,7 @@ def served_config(folder: Path, **changes) -> ConfigDict:
     c.server.model_name = "tiny"
     c.engine.update(
         {"slots": 8, "small_slots": 0, "max_model_len": 256, "page_size": 16, "prefill": ((32, 4),)}
-        | {"decode_steps": 4, "attention_block": 64, "feature_rows": 192}
+        | {"decode_steps": 4, "attention_block": 64, "feature_rows": 64}
     )
     c.server.update(changes)
     return c

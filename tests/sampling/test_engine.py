@@ -104,6 +104,22 @@ def test_a_request_gets_the_same_bits_alone_in_a_crowd_and_from_the_cache(engine
         assert again.tokens != alone.tokens
 
 
+def test_smaller_decode_programs_give_the_same_greedy_tokens(engine, tiny_vl):
+    several = make_engine(tiny_vl, dataclasses.replace(SHAPES, small_slots=1))
+    assert several.shapes.slot_counts() == (1, 4, 6)
+    requests = [Request(p, max_tokens=9 + 6 * i, sampling=GREEDY) for i, p in enumerate(prompts())]
+    expected = run(engine, *requests)
+    used: set[int] = set()
+    decode = several.programs.decode
+    several.programs.__dict__["decode"] = lambda slots, full: (used.add(slots), decode(slots, full))[1]
+    got = run(several, *requests)
+    assert used == {1, 4, 6}  # as requests end, and what is left stands in any of the slots
+    assert [c.tokens for c in got] == [c.tokens for c in expected]
+    for mine, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine.logprobs[0], other.logprobs[0], atol=1e-5)
+    several.close()
+
+
 def test_joining_in_the_middle_changes_nothing(engine):
     first, second = (Request(p, max_tokens=40, sampling=DRAWN, seed=3, ignore_eos=True) for p in prompts(5)[:2])
     fresh(engine)
