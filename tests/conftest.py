@@ -6,10 +6,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# --- tiny transformers models: built once a session, by those tests that ask for them ---
+import gc
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from ril_jax import sharding
@@ -25,6 +26,31 @@ def mesh_and_backend_end_with_the_test():
     yield
     sharding.use(mesh)
     attention.use(backend)
+
+
+# --- memory ---
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Let go of compiled programs where a folder of tests ends, and where there are too many in between.
+
+    Each maps memory several times, and Linux gives a process no more than 65,530 maps: XLA crashes beyond. What is
+    alive in the middle of a folder, such as a server's engine, keeps its programs.
+    """
+    if nextitem is None or nextitem.path == item.path:
+        return
+    if nextitem.path.parent != item.path.parent or _memory_maps() > 45_000:
+        gc.collect()
+        jax.clear_caches()
+
+
+def _memory_maps() -> int:
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+# --- tiny transformers models: built once a session, by those tests that ask for them ---
 
 
 @pytest.fixture(scope="session")
