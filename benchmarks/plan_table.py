@@ -2,8 +2,8 @@
 
     python benchmarks/plan_table.py [--only=qwen7b,teacher_qwen72b] > docs/plan.md
 
-Method. For each config and kind the slices are tried from the smallest on (`--from` a known one saves time), until
-every program leaves a GiB; that slice's programs are printed. Compiled at low effort by the real compiler: peaks are
+Method. For each config and kind the slices are tried in the order of their size, from the one of FIRST on, until every
+program leaves a GiB; that slice's programs are printed. Compiled at low effort by the real compiler: peaks are
 within a few per cent of a full compile, times are rooflines. Nothing here has run on a TPU.
 """
 

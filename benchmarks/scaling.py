@@ -13,18 +13,17 @@ questions a second and chip against those of the first row. All of it is an esti
 import argparse
 import os
 import re
-import sys
 import tempfile
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
 from ml_collections import ConfigDict
 
 from ril_jax import cli
-from ril_jax.planning.chips import CHIPS, DCN_BANDWIDTH, GIB, Topology
-from ril_jax.planning.compiling import Compiled, Program, compile_program
+from ril_jax.planning.chips import GIB, Topology
+from ril_jax.planning.compiling import Compiled, Program, compile_program, low_effort
+from ril_jax.planning.costs import flops
 from ril_jax.planning.training import TrainingPlan
 
 SHAPES = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -70,7 +69,7 @@ def measure(args: argparse.Namespace, chips: int, slices: int) -> tuple[str, tup
     axes = " x ".join(str(size) for size in mesh.shape.values())
     head = f"| {where} | {axes} | {args.rows * chips} |"
     if not update.fits:
-        return f"{head} over the chip's {CHIPS['v5e'].hbm / GIB:.2f} GiB | |", None
+        return f"{head} over the chip's {topology.chip.hbm / GIB:.2f} GiB | |", None
     moved = collective_bytes(programs["RIL update"], topology)
     floor = ceiling = 0.0
     for name in PROGRAMS:
@@ -89,8 +88,6 @@ def set_batch(config: ConfigDict, batch: int, micro: int) -> None:
 
 def traced(program: Program, topology: Topology) -> Compiled:
     """FLOPs and bytes of a program that is not compiled."""
-    from ril_jax.planning.costs import flops
-
     jaxpr = program.function.trace(*program.arguments).jaxpr
     return Compiled(program, topology, 0.0, 0.0, flops(jaxpr, while_trips=program.while_trips) / topology.num_chips)
 
@@ -103,20 +100,16 @@ _COLLECTIVE = re.compile(r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-
 
 
 def collective_bytes(program: Program, topology: Topology) -> float:
-    """Bytes of the results of all collectives of one run on a chip, in the order of the link's work: an all-reduce
-    counts twice. An upper bound: later passes of the compiler may turn an all-reduce into a cheaper reduce-scatter."""
+    """Bytes of the results of all collectives of one run on a chip; an all-reduce counts twice.
+
+    An upper bound: later passes of the compiler may turn an all-reduce into a cheaper reduce-scatter.
+    """
     lowered = program.function.trace(*program.arguments).lower(lowering_platforms=("tpu",))
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "tpu-spmd-partitioning"}
-        lowered.compile(compiler_options={**_low(), **options})
+        lowered.compile(compiler_options={**low_effort(), **options})
         (path,) = [p for p in Path(folder).iterdir() if "after_tpu-spmd-partitioning" in p.name and p.suffix == ".txt"]
         return count_collectives(path.read_text())
-
-
-def _low() -> dict:
-    from ril_jax.planning.compiling import _low_effort
-
-    return _low_effort()
 
 
 def count_collectives(text: str) -> float:
@@ -165,7 +158,4 @@ def _count(dims: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.setrecursionlimit(10_000)
-    assert jax.default_backend() == "cpu"
-    assert DCN_BANDWIDTH > 0
     main()

@@ -17,7 +17,7 @@ from ril_jax import cli
 from ril_jax.errors import InputError
 from ril_jax.evaluation.comparison import compare, open_sides, terminal_text
 from ril_jax.evaluation.comparison_page import comparison_page
-from ril_jax.training.metrics import write_atomically
+from ril_jax.files import write_atomically
 
 FLAGS = (
     cli.Flag("output", help="the page; compare.html in the first folder by default"),

@@ -17,10 +17,10 @@ from ril_jax import config as config_lib
 
 def main(args: SimpleNamespace) -> int:
     from ril_jax.compilation import enable_persistent_cache
+    from ril_jax.files import write_atomically
     from ril_jax.report import terminal_summary, write_report
     from ril_jax.training import overview
     from ril_jax.training.checkpoints import StopSignal, claim_folder
-    from ril_jax.training.metrics import write_atomically
     from ril_jax.training.run import Run
 
     started = time.monotonic()

@@ -13,6 +13,7 @@ from ril_jax.errors import InputError
 from ril_jax.evaluation.benchmarks import BENCHMARKS
 from ril_jax.evaluation.results import Sample, read_results, read_samples
 from ril_jax.evaluation.statistics import bootstrap_interval
+from ril_jax.evaluation.table import aligned
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,7 @@ def terminal_text(sides: Sequence[Side], compared: Sequence[Compared], *, listed
             row += [f"{mean - means[0]:+.1f}", "", str(sum(len(c.differences[i].gained) for c in compared))]
             row += [str(sum(len(c.differences[i].lost) for c in compared))]
         rows.append([*row, *("" for _ in sides)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
+    lines = aligned(rows)
     for c in compared:
         lines += [f"{c.title}: {note}" for note in c.notes]
         for side, d in zip(sides[1:], c.differences, strict=True):

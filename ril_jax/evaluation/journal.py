@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ril_jax.errors import InputError
+from ril_jax.files import lock
 
 
 class Journal:
@@ -32,10 +32,7 @@ class Journal:
         except OSError as error:
             raise InputError(f"{path} cannot be written ({error.strerror}); name another --output") from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-            except BlockingIOError:
-                raise InputError(f"{path} is being written by another process; wait for its end") from None
+            lock(file, path, notify)
             file.seek(0)
             data = file.read()
             entries, good = _read(data)

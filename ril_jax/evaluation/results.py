@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ril_jax import files
 from ril_jax.errors import InputError
 from ril_jax.evaluation.statistics import bootstrap_interval, mean_of_parts
 from ril_jax.evaluation.tasks import Task, messages_json, prompt_text
-from ril_jax.training.metrics import write_atomically
+from ril_jax.files import write_atomically
 
 RESULTS_FILE, SAMPLES_FILE, TABLE_FILE = "results.json", "samples.jsonl", "table.txt"
 
@@ -176,20 +177,7 @@ def write_results(output: Path, model: str, results: Mapping[str, Mapping[str, A
 
 def claim(folder: Path, fingerprint: Mapping[str, Any]) -> None:
     """Take a benchmark's folder for these answers. Raises InputError where it has those of another model or file."""
-    path = folder / "job.json"
-    ours = json.loads(json.dumps(dict(fingerprint)))
-    if not path.exists():
-        write_atomically(path, (json.dumps(ours, indent=2) + "\n").encode())
-        return
-    try:
-        theirs = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); name another --output, or delete {folder}") from error
-    changed = [
-        f"{name} was {json.dumps(theirs.get(name))} and is {json.dumps(ours.get(name))} now"
-        for name in dict.fromkeys([*theirs, *ours])
-        if theirs.get(name) != ours.get(name)
-    ]
+    changed = files.claim(folder / "job.json", fingerprint, mend=f"name another --output, or delete {folder}")
     if changed:
         raise InputError(f"{folder} has other answers: {'; '.join(changed)}; name another --output")
 

@@ -1,6 +1,6 @@
 """Results in words: each benchmark with its interval, beside the paper's rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ril_jax.evaluation.benchmarks import BENCHMARKS
@@ -38,18 +38,21 @@ def result_table(model: str, results: Mapping[str, Mapping[str, Any]], *, paper:
         average = sum(results[name]["score"] for name in scored) / len(scored)
         what = "average" if len(scored) == len(BENCHMARKS) else f"average of {len(scored)}"
         lines.append([what, f"{average:.1f}", "", "", "", "", "", *(f"{row.average(titles):.1f}" for row in beside)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    rows = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    rows.insert(1, "-" * len(rows[0]))
+    rows = aligned(lines)
     notes = [f"{results[name]['title']}: {note}" for name in names for note in results[name]["notes"]]
     if beside:
         notes.append("the paper's rows: arXiv 2510.19307; it names neither its prompts nor its judge of benchmarks")
     elif not paper:
         students = ", ".join(dict.fromkeys(row.model for row in paper_rows()))
         notes.append(f"for the paper's rows give --paper with one of its students: {students}")
-    return "\n".join([f"{model}", *(row.rstrip() for row in rows), *notes])
+    return "\n".join([f"{model}", *rows, *notes])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of equal columns, the first one to the left; a rule under the head, which is the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return [lines[0].rstrip(), "-" * len(lines[0]), *(line.rstrip() for line in lines[1:])]

@@ -12,7 +12,6 @@ dataset_info.json, features.json      at the end: what makes the folder a data s
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -26,8 +25,8 @@ from ril_jax.data import records
 from ril_jax.data.records import Question
 from ril_jax.data.rows import Refusal
 from ril_jax.errors import InputError
+from ril_jax.files import claim, lock, write_atomically
 from ril_jax.generation.outcomes import Outcome
-from ril_jax.training.metrics import write_atomically
 
 FAILED_FILE = "failed.jsonl"
 
@@ -280,16 +279,7 @@ def _locked(folder: Path, notify: Callable[[str], None]) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{folder} cannot be written ({error.strerror}); name another --output") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"{folder} is being written by {file.read().strip() or 'another process'}; wait for its end, or name "
-                "another --output"
-            ) from None
-        except OSError as error:  # some network file systems
-            notify(f"{folder} cannot be locked ({error.strerror}); see to it that one process at a time writes it")
+        lock(file, folder, notify, holder=lambda: (folder / "job.lock").read_text().strip() or "another process")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -297,26 +287,11 @@ def _locked(folder: Path, notify: Callable[[str], None]) -> Iterator[None]:
 
 
 def _claim(folder: Path, fingerprint: Mapping[str, Any]) -> None:
-    ours = json.loads(json.dumps(dict(fingerprint)))
     path = folder / "job.json"
     if not path.exists():
         others = [entry.name for entry in folder.iterdir() if entry.name not in ("job.lock", ".job.json.tmp")]
         if others:
             raise InputError(f"{folder} also holds {sorted(others)[0]}, and no job began it; name an empty --output")
-        write_atomically(path, (json.dumps(ours, indent=2) + "\n").encode())
-        return
-    try:
-        theirs = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); name another --output, or delete the folder") from error
-    changed = [
-        f"{name} was {_shown(theirs, name)} and is {_shown(ours, name)} now"
-        for name in dict.fromkeys([*theirs, *ours])
-        if theirs.get(name) != ours.get(name)
-    ]
+    changed = claim(path, fingerprint, mend="name another --output, or delete the folder")
     if changed:
         raise InputError(f"{folder} belongs to another job: {'; '.join(changed)}; name another --output")
-
-
-def _shown(fields: Mapping[str, Any], name: str) -> str:
-    return json.dumps(fields[name]) if name in fields else "absent"

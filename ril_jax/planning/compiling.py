@@ -80,7 +80,7 @@ def compile_program(program: Program, topology: Topology, *, full_effort: bool =
     total = flops(traced.jaxpr, while_trips=program.while_trips) / topology.num_chips
     lowered = traced.lower(lowering_platforms=("tpu",))
     try:
-        compiled = lowered.compile(compiler_options=None if full_effort else _low_effort())
+        compiled = lowered.compile(compiler_options=None if full_effort else low_effort())
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -95,7 +95,7 @@ def compile_program(program: Program, topology: Topology, *, full_effort: bool =
     return Compiled(program, topology, time.monotonic() - start, float(peak) + program.beside, total)
 
 
-def _low_effort() -> dict[str, Any]:
+def low_effort() -> dict[str, Any]:
     """Options for a compile of seconds: memory within some per cent of full effort; the code is no measure of speed."""
     version = tuple(int(part) for part in jax.__version__.split(".")[:2])
     return {"exec_time_optimization_effort": -1.0} if version < (0, 11) else {"optimization_level": "O1"}

@@ -8,9 +8,9 @@ import numpy as np
 
 from ril_jax import processes
 from ril_jax.errors import InputError
+from ril_jax.files import write_atomically
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained, save_folder
-from ril_jax.training.metrics import write_atomically
 
 
 class BestModel:

@@ -28,7 +28,7 @@ import orbax.checkpoint as ocp
 
 from ril_jax import processes
 from ril_jax.errors import InputError
-from ril_jax.training.metrics import write_atomically
+from ril_jax.files import differing_fields, write_atomically
 
 logger = logging.getLogger("ril_jax.checkpoints")
 
@@ -464,7 +464,7 @@ def claim_folder(folder: str | os.PathLike[str], fingerprint: Mapping[str, Any],
             raise InputError(
                 f"{path} is not valid JSON ({error}); choose another --workdir or delete the file"
             ) from error
-        differing = _differing_fields(theirs, ours)
+        differing = differing_fields(theirs, ours)
         if not differing:
             return
         if not allow_change:
@@ -480,27 +480,6 @@ def claim_folder(folder: str | os.PathLike[str], fingerprint: Mapping[str, Any],
         write_atomically(path, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --workdir") from error
-
-
-def _differing_fields(there: Any, here: Any) -> list[str]:
-    old, new = _flatten_fields(there), _flatten_fields(here)
-    absent = object()
-    return [
-        f"{name} was {_shown(old.get(name, absent), absent)} and is {_shown(new.get(name, absent), absent)} now"
-        for name in sorted(old.keys() | new.keys())
-        if _shown(old.get(name, absent), absent) != _shown(new.get(name, absent), absent)
-    ]
-
-
-def _flatten_fields(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        parts = [_flatten_fields(child, f"{prefix}.{key}" if prefix else key) for key, child in value.items()]
-        return {name: leaf for part in parts for name, leaf in part.items()}
-    return {prefix: value} if prefix else {}
-
-
-def _shown(value: Any, absent: object) -> str:
-    return "absent" if value is absent else json.dumps(value, sort_keys=True)
 
 
 # --- leaving and failing ---------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ import numpy as np
 from ril_jax import processes, sharding
 from ril_jax.data.records import Question, QuestionDataset, Response, read_dataset, write_dataset
 from ril_jax.errors import InputError
+from ril_jax.files import write_atomically
 from ril_jax.models.parameters import hash_name
 from ril_jax.pretrained import Pretrained
 from ril_jax.sampling.rollouts import EngineSampler
 from ril_jax.sampling.sampler import Samples
-from ril_jax.training.batches import PromptEncoder, flatten_features, flatten_micro, put
-from ril_jax.training.metrics import write_atomically
+from ril_jax.training.batches import PromptEncoder
 from ril_jax.training.progress import Progress, of_bytes
 from ril_jax.training.run import Run
 
@@ -145,12 +145,7 @@ def _sample_parts(run: Run, name: str, questions: Sequence[Question], todo: list
             samples = engine(params, encoded, keys, **asked)
         else:
             prompts = buckets.pack_prompts(encoded, batch=batch)
-            vision = prompts.vision
-            features = programs.encode(params, put(vision, run.mesh)) if vision is not None else None
-            samples = sampler(
-                params, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
-                put(keys, run.mesh, micro=False), **asked,
-            )  # fmt: skip
+            samples = run.sample_batch(sampler, programs, params, prompts, keys, **asked)
             samples = sharding.gathered(samples, run.mesh)
         if processes.is_first():
             part = {questions[i].id: _row(model, samples, b) for b, i in enumerate(places)}

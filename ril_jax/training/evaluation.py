@@ -13,7 +13,6 @@ from ril_jax.models.parameters import Params
 from ril_jax.rewards.judge import Judge
 from ril_jax.rewards.verdict import JudgeItem
 from ril_jax.sampling.logits import SamplingParams
-from ril_jax.training.batches import flatten_features, flatten_micro, put
 from ril_jax.training.rewards import plain_prompt
 from ril_jax.training.run import Run
 
@@ -41,12 +40,7 @@ def evaluate(run: Run, params: Params, questions: Sequence[Question], judge: Jud
             samples = engine(params, encoded, keys, **asked)
         else:
             prompts = run.buckets.pack_prompts(encoded, batch=batch)
-            vision = prompts.vision
-            features = run.programs.encode(params, put(vision, run.mesh)) if vision is not None else None
-            samples = run.sampler(
-                params, put(flatten_micro(prompts), run.mesh, micro=False), flatten_features(features),
-                put(keys, run.mesh, micro=False), **asked,
-            )  # fmt: skip
+            samples = run.sample_batch(run.sampler, run.programs, params, prompts, keys, **asked)
             samples = sharding.own_rows(samples, run.mesh)
         texts = [run.student.chat.decode(samples.token_ids[b, 0][samples.mask[b, 0]]) for b in range(len(chunk))]
         lengths = [int(samples.mask[b, 0].sum()) for b in range(len(chunk))]

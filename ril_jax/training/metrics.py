@@ -29,6 +29,7 @@ import PIL.Image
 
 from ril_jax import processes
 from ril_jax.errors import InputError
+from ril_jax.files import write_atomically
 
 logger = logging.getLogger("ril_jax.metrics")
 
@@ -227,17 +228,6 @@ def _start_wandb(settings: Mapping[str, Any], workdir: Path, stage: str) -> Any:
     # One id for a workdir and stage: a resumed run goes on in the same wandb run.
     identity = hashlib.sha256(f"{workdir.absolute()}:{stage}".encode()).hexdigest()[:16]
     return wandb.init(**{"id": identity, "resume": "allow", "dir": str(workdir), "name": stage, **settings})
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole: a reader, or a run after a crash, sees the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------

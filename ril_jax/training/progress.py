@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from ril_jax import processes
 from ril_jax.errors import InputError
-from ril_jax.training.metrics import write_atomically
+from ril_jax.files import write_atomically
 
 TRAINING = "training"
 

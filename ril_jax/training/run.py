@@ -10,14 +10,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ril_jax import config as config_lib
 from ril_jax import processes, sharding
 from ril_jax.compilation import CompileCounter
+from ril_jax.data.packing import PromptBatch
 from ril_jax.data.records import QuestionDataset, read_dataset
 from ril_jax.errors import InputError
+from ril_jax.files import write_atomically
 from ril_jax.models import attention, hub
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained
@@ -25,10 +28,10 @@ from ril_jax.sampling.engine import Engine
 from ril_jax.sampling.local import make_engine
 from ril_jax.sampling.logits import SamplingParams
 from ril_jax.sampling.rollouts import EngineSampler
-from ril_jax.sampling.sampler import Sampler
-from ril_jax.training.batches import Buckets, PromptEncoder
+from ril_jax.sampling.sampler import Sampler, Samples
+from ril_jax.training.batches import Buckets, PromptEncoder, flatten_features, flatten_micro, put
 from ril_jax.training.checkpoints import Checkpointer, StopSignal
-from ril_jax.training.metrics import MetricsWriter, write_atomically
+from ril_jax.training.metrics import MetricsWriter
 from ril_jax.training.programs import Programs
 from ril_jax.training.progress import StageTimer, of_bytes
 
@@ -53,7 +56,7 @@ class Run:
     counter: CompileCounter
     timer: StageTimer
     _shapes: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)
-    _engines: dict[str, Engine | None] = dataclasses.field(default_factory=dict)
+    _engine: Engine | None = None  # the student's, once it is asked for
 
     @classmethod
     def start(cls, config: ConfigDict, workdir: Path, stop: StopSignal) -> "Run":
@@ -157,10 +160,21 @@ class Run:
         self, params: Params, launching: Callable[[], AbstractContextManager] = nullcontext
     ) -> EngineSampler | None:
         """The student's groups by the engine, which all stages share; None where `sampler` is to be used."""
-        if "student" not in self._engines:
-            self._engines["student"] = self.make_engine(self.student, self.config.student, params)
-        engine = self._engines["student"]
-        return None if engine is None else EngineSampler(engine, self.student.chat, launching=launching)
+        if self._engine is None:
+            self._engine = self.make_engine(self.student, self.config.student, params)
+        return None if self._engine is None else EngineSampler(self._engine, self.student.chat, launching=launching)
+
+    def sample_batch(
+        self, sampler: Sampler, programs: Programs, params: Params, prompts: PromptBatch, keys: np.ndarray, **asked: Any
+    ) -> Samples:
+        """One micro-batch of prompts, as `Buckets.pack_prompts` gives it, through a model's tower and its sampler.
+
+        keys: [B, 2] uint32, of this process's rows. asked: as of `Sampler`. Returns what lies on the devices.
+        """
+        vision = prompts.vision
+        features = programs.encode(params, put(vision, self.mesh)) if vision is not None else None
+        rows, keys_b = put((flatten_micro(prompts), keys), self.mesh, micro=False)
+        return sampler(params, rows, flatten_features(features), keys_b, **asked)
 
     @functools.cached_property
     def sampling_mesh(self) -> Mesh:

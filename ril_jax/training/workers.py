@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from ril_jax import processes as run_processes
 from ril_jax.errors import InputError
-from ril_jax.training.metrics import write_atomically
+from ril_jax.files import write_atomically
 from ril_jax.training.run import Run, Stopped
 
 

@@ -3,18 +3,24 @@
 Nothing is learned at this size. What is tested on it is what a run does: files, metrics, going on after a kill, words.
 """
 
+import copy
 import os
+import shutil
 import subprocess
 import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
 import ril_jax
 from ril_jax import cli, train
+from ril_jax import config as config_lib
+
+if TYPE_CHECKING:
+    from ril_jax.training.run import Run
 
 ROOT = Path(ril_jax.__file__).parent.parent
 BATCH = 4
@@ -65,6 +71,17 @@ def set_field(config: ConfigDict, field: str, value: Any) -> None:
     for section in sections:
         config = config[section]
     config[leaf] = value
+
+
+def variant(base: "Run", workdir: Path, changes: dict[str, Any]) -> "Run":
+    """A run with changed fields (`__` for a dot) in a copy of the workdir; it shares what `base` has compiled."""
+    run = copy.copy(base)
+    run.config = ConfigDict(copy.deepcopy(base.config.to_dict()))
+    for field, value in changes.items():
+        set_field(run.config, field.replace("__", "."), value)
+    config_lib.validate(run.config)
+    run.workdir = Path(shutil.copytree(base.workdir, workdir))
+    return run
 
 
 def train_here(workdir: Path, config: ConfigDict, stages: str = "") -> None:

@@ -1,19 +1,15 @@
 """Every baseline and ablation by config alone: two RIL steps each, on a small workdir."""
 
 import contextlib
-import copy
 import json
-import shutil
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from helpers import small_run
-from ml_collections import ConfigDict
 
 from ril_jax import config as config_lib
 from ril_jax.compilation import CompileCounter
@@ -68,13 +64,7 @@ def variant(base, tmp_path):
     """A function: changed fields of the config -> a run with them in its own workdir, sharing compiled programs."""
 
     def make(**changes) -> Run:
-        run = copy.copy(base)
-        run.config = ConfigDict(copy.deepcopy(base.config.to_dict()))
-        for field, value in changes.items():
-            small_run.set_field(run.config, field.replace("__", "."), value)
-        config_lib.validate(run.config)
-        run.workdir = Path(shutil.copytree(base.workdir, tmp_path / f"workdir{len(list(tmp_path.iterdir()))}"))
-        return run
+        return small_run.variant(base, tmp_path / f"workdir{len(list(tmp_path.iterdir()))}", changes)
 
     return make
 

@@ -4,7 +4,6 @@ Two runs: an InternVL student whose discriminator sees the pictures, and a Qwen2
 teachers, a Qwen2.5-VL and an InternVL. Everything is sampled greedily, so that what a teacher said can be said again.
 """
 
-import copy
 import dataclasses
 import functools
 import itertools
@@ -95,11 +94,7 @@ def variant(internvl, tmp_path):
     """A function: changed fields of the config -> the InternVL student's run before its RIL stage, in a copy."""
 
     def make(**changes) -> Run:
-        run = copy.copy(internvl)
-        run.config = ConfigDict(copy.deepcopy(internvl.config.to_dict()))
-        for field, value in changes.items():
-            small_run.set_field(run.config, field.replace("__", "."), value)
-        run.workdir = Path(shutil.copytree(internvl.workdir, tmp_path / "workdir"))
+        run = small_run.variant(internvl, tmp_path / "workdir", changes)
         for left in ("ril", "metrics/ril", "samples"):
             shutil.rmtree(run.workdir / left)
         return run
