@@ -84,7 +84,7 @@ def load(
 
     Raises InputError where the folder, a file in it, or an argument cannot be used.
     """
-    from ril_jax.training.progress import of_bytes  # importing this package does not import the training part
+    from ril_jax.progress import of_bytes
 
     name = dtype if isinstance(dtype, str) else str(jnp.dtype(dtype))
     if name not in _DTYPES:

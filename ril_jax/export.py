@@ -29,7 +29,7 @@ def export(checkpoint: str | Path, output: str | Path, *, dtype: str = "bfloat16
     import jax.numpy as jnp
 
     from ril_jax.pretrained import Pretrained, save_folder
-    from ril_jax.training.progress import of_bytes
+    from ril_jax.progress import of_bytes
 
     if dtype not in DTYPES:
         raise InputError(f"--dtype={dtype} is not known; use one of {', '.join(DTYPES)}")

@@ -27,8 +27,8 @@ import PIL.Image
 from ril_jax import cli
 from ril_jax.errors import InputError
 from ril_jax.files import write_atomically
+from ril_jax.progress import duration
 from ril_jax.training.metrics import read_metrics
-from ril_jax.training.progress import duration
 
 # Title, and which metrics are drawn in it together. What no chart takes is drawn small, under "more metrics".
 CHARTS: tuple[tuple[str, str], ...] = (

@@ -123,8 +123,8 @@ class _Loader(threading.Thread):
 
     def _load(self) -> None:
         from ril_jax.compilation import enable_persistent_cache
+        from ril_jax.progress import duration, of_bytes
         from ril_jax.sampling.local import load_engine
-        from ril_jax.training.progress import duration, of_bytes
 
         started = time.monotonic()
         self._say(f"loading {self._config.checkpoint}")

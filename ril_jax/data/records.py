@@ -59,6 +59,19 @@ def question_prompt(question: Question) -> str | list[dict[str, Any]]:
     return question.prompt if messages is None else messages
 
 
+def plain_prompt(question: Question) -> str:
+    """The question as text, for a judge that sees no image."""
+    prompt = question_prompt(question)
+    if isinstance(prompt, str):
+        return prompt
+    texts = []
+    for message in prompt:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [p["text"] for p in content if p.get("type") == "text"]
+        texts.append("\n".join(parts))
+    return "\n".join(texts)
+
+
 def parse_messages(prompt: str) -> list[dict[str, Any]] | None:
     """The chat messages whose JSON `prompt` is, or None for plain text (which may begin with a bracket, too)."""
     if not prompt.lstrip().startswith("["):

@@ -10,7 +10,7 @@ from ril_jax.data.records import Question
 from ril_jax.data.threads import map_in_threads
 from ril_jax.errors import InputError
 from ril_jax.generation.outcomes import Outcome, ResponseSource
-from ril_jax.training.progress import Progress
+from ril_jax.progress import Progress
 
 _HOPELESS = 8  # questions that fail before any is answered: then something is wrong with more than them
 

@@ -16,7 +16,7 @@ from ril_jax.evaluation.rows import Row
 from ril_jax.evaluation.table import result_table
 from ril_jax.evaluation.tasks import Task
 from ril_jax.generation.outcomes import Outcome, ResponseSource
-from ril_jax.training.progress import Progress
+from ril_jax.progress import Progress
 
 
 class Evaluation:

@@ -15,7 +15,7 @@ from ril_jax.data.threads import map_in_threads
 from ril_jax.errors import InputError
 from ril_jax.generation.folder import Finished, JobFolder
 from ril_jax.generation.outcomes import Outcome, ResponseSource, question_digest
-from ril_jax.training.progress import Progress
+from ril_jax.progress import Progress
 
 REPEATED = "duplicate id, it came before; give every row an id of its own"
 _HOPELESS = 32  # questions in a row that fail: then something is wrong with the job, not with them

@@ -29,10 +29,10 @@ from ril_jax.data.threads import map_in_threads
 from ril_jax.errors import InputError
 from ril_jax.models import hub
 from ril_jax.models.digest import checkpoint_digest
+from ril_jax.progress import Progress, of_bytes
 from ril_jax.sampling.gather import run_each
 from ril_jax.sampling.local import load_engine
 from ril_jax.sampling.requests import ScoreRequest
-from ril_jax.training.progress import Progress, of_bytes
 
 REQUIRED = ("config", "input", "output")
 FLAGS = (

@@ -23,12 +23,11 @@ import numpy as np
 
 from ril_jax import cli
 from ril_jax.data.merge import open_responses
-from ril_jax.data.records import SELECTION_FILE, DatasetWriter, Question
+from ril_jax.data.records import SELECTION_FILE, DatasetWriter, Question, plain_prompt
 from ril_jax.errors import InputError
 from ril_jax.generation.scoring import Score, read_scores, response_key
+from ril_jax.progress import Progress
 from ril_jax.rewards.judge import Judge, JudgeItem, RulesJudge, open_judge
-from ril_jax.training.progress import Progress
-from ril_jax.training.rewards import plain_prompt
 
 REQUIRED = ("input", "output")
 FLAGS = (

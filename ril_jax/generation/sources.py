@@ -38,8 +38,8 @@ def open_source(
 
     def begin() -> ResponseSource:
         from ril_jax.compilation import enable_persistent_cache
+        from ril_jax.progress import of_bytes
         from ril_jax.sampling.local import load_engine
-        from ril_jax.training.progress import of_bytes
 
         enable_persistent_cache()
         config.checkpoint = str(folder)

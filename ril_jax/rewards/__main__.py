@@ -17,12 +17,11 @@ from typing import Any
 
 from ril_jax import cli
 from ril_jax.data.importer import read_rows
-from ril_jax.data.records import Question
+from ril_jax.data.records import Question, plain_prompt
 from ril_jax.data.rows import Row
 from ril_jax.errors import InputError
 from ril_jax.rewards.agreement import report
 from ril_jax.rewards.judge import JudgeItem, RulesJudge, make_judge, open_judge
-from ril_jax.training.rewards import plain_prompt
 
 FLAGS = (
     cli.Flag("input", help="labelled responses: a .jsonl or .parquet file, or a folder of such"),

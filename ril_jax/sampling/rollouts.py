@@ -22,9 +22,8 @@ from ril_jax.sampling.sampler import Samples
 class EngineSampler:
     """Samples G responses to every question with an engine that has no thread of its own.
 
-    keep_cache: whether the engine keeps its pages between calls; else it sleeps, and training has their memory.
-    launching: as of `gather.run_each`. before_step: called before every step; what it raises ends the call, and the
-    requests that were running are dropped.
+    Between calls the engine sleeps, and training has the memory of its pages. launching: as of `gather.run_each`.
+    before_step: called before every step; what it raises ends the call, and the requests that were running are dropped.
     """
 
     def __init__(
@@ -32,11 +31,10 @@ class EngineSampler:
         engine: Engine,
         chat: ChatTokenizer,
         *,
-        keep_cache: bool = False,
         launching: Callable[[], AbstractContextManager] = nullcontext,
         before_step: Callable[[], None] = lambda: None,
     ):
-        self.engine, self._chat, self._keep_cache = engine, chat, keep_cache
+        self.engine, self._chat = engine, chat
         self._launching, self._before_step = launching, before_step
 
     def __call__(
@@ -79,7 +77,7 @@ class EngineSampler:
                     finished[b, g] = result.finish_reason == "stop"
                 ended(b, results)
         finally:
-            if not self._keep_cache and not (engine.num_running or engine.num_waiting):
+            if not (engine.num_running or engine.num_waiting):
                 engine.sleep()
         steps: Any = np.int32(engine.stats.decode_steps - before)
         return Samples(token_ids, mask, logprobs, finished, steps)  # type: ignore[arg-type]

@@ -17,10 +17,10 @@ from ril_jax.errors import InputError
 from ril_jax.files import write_atomically
 from ril_jax.models.parameters import hash_name
 from ril_jax.pretrained import Pretrained
+from ril_jax.progress import Progress, of_bytes
 from ril_jax.sampling.rollouts import EngineSampler
 from ril_jax.sampling.sampler import Samples
 from ril_jax.training.batches import PromptEncoder
-from ril_jax.training.progress import Progress, of_bytes
 from ril_jax.training.run import Run
 
 STUDENT = "student"

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 
 from ril_jax import processes, sharding
-from ril_jax.data.records import Question
+from ril_jax.data.records import Question, plain_prompt
 from ril_jax.models.parameters import Params
 from ril_jax.rewards.judge import Judge
 from ril_jax.rewards.verdict import JudgeItem
 from ril_jax.sampling.logits import SamplingParams
-from ril_jax.training.rewards import plain_prompt
 from ril_jax.training.run import Run
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ril_jax import config as config_lib
 from ril_jax import processes
-from ril_jax.training.progress import duration
+from ril_jax.progress import duration
 from ril_jax.training.run import Run
 from ril_jax.training.state import split_frozen
 

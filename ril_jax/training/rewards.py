@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ril_jax import objectives, processes
-from ril_jax.data.records import Question, question_prompt
+from ril_jax.data.records import Question, plain_prompt, question_prompt
 from ril_jax.errors import InputError
 from ril_jax.rewards.functions import load_reward_functions
 from ril_jax.rewards.judge import Judge, make_judge
@@ -136,19 +136,6 @@ def parse_similarity(text: str) -> tuple[Any, int | None]:
     raise InputError(
         f"config.reward.similarity={text!r} is not known; use binary, continuous, score, or levels=K with K at least 2"
     )
-
-
-def plain_prompt(question: Question) -> str:
-    """The question as text, for a judge that sees no image."""
-    prompt = question_prompt(question)
-    if isinstance(prompt, str):
-        return prompt
-    texts = []
-    for message in prompt:
-        content = message["content"]
-        parts = [content] if isinstance(content, str) else [p["text"] for p in content if p.get("type") == "text"]
-        texts.append("\n".join(parts))
-    return "\n".join(texts)
 
 
 def _call(function, questions: Sequence[Question], responses: Sequence[Sequence[str]]) -> np.ndarray:

@@ -22,6 +22,7 @@ from ril_jax.data.records import Question, Response
 from ril_jax.errors import InputError
 from ril_jax.models.parameters import Params, cast
 from ril_jax.pretrained import save_folder
+from ril_jax.progress import Progress
 from ril_jax.rewards.judge import JudgeInterrupted, RulesJudge
 from ril_jax.rewards.overlap import Verdicts
 from ril_jax.sampling.gather import Result
@@ -31,7 +32,6 @@ from ril_jax.training.best import BestModel
 from ril_jax.training.collect import STUDENT, Subset, question_key, teacher_dataset
 from ril_jax.training.evaluation import evaluate, held_out_questions
 from ril_jax.training.metrics import Sample, SampleResponse, SampleTable
-from ril_jax.training.progress import Progress
 from ril_jax.training.rewards import RewardModel, Rewards, judge_items
 from ril_jax.training.run import Run, Stopped
 from ril_jax.training.sft import not_finite

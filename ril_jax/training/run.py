@@ -24,6 +24,7 @@ from ril_jax.files import write_atomically
 from ril_jax.models import attention, hub
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained
+from ril_jax.progress import StageTimer, of_bytes
 from ril_jax.sampling.engine import Engine
 from ril_jax.sampling.local import make_engine
 from ril_jax.sampling.logits import SamplingParams
@@ -33,7 +34,6 @@ from ril_jax.training.batches import Buckets, PromptEncoder, flatten_features, f
 from ril_jax.training.checkpoints import Checkpointer, StopSignal
 from ril_jax.training.metrics import MetricsWriter
 from ril_jax.training.programs import Programs
-from ril_jax.training.progress import StageTimer, of_bytes
 
 # Fields that may differ between two starts in one workdir: they say what to do and how to show it, not what comes out.
 _FREE_FIELDS = (

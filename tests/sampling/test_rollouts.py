@@ -88,11 +88,11 @@ def test_new_weights_are_taken_where_they_lie(engine, params):
     """Nothing goes through the host: neither when the engine takes them, nor later."""
     with engine.counter.expected():
         changed = jax.block_until_ready({name: value * 1.05 for name, value in params.items()})
-        before = sample(engine, params, sampling=GREEDY, keep_cache=True)
+        before = sample(engine, params, sampling=GREEDY)
         with jax.transfer_guard("disallow_explicit"):
             engine.set_params(changed)
         assert all(engine.params[name] is value for name, value in changed.items())
-        after = sample(engine, changed, sampling=GREEDY, keep_cache=True)
+        after = sample(engine, changed, sampling=GREEDY)
     assert (after.logprobs != before.logprobs).any()
     fresh = sample(engine, params, sampling=GREEDY)
     np.testing.assert_array_equal(fresh.logprobs, before.logprobs)  # what the others computed is forgotten

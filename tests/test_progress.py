@@ -6,7 +6,7 @@ import json
 import pytest
 
 from ril_jax.errors import InputError
-from ril_jax.training.progress import Progress, StageTimer, duration, of_bytes
+from ril_jax.progress import Progress, StageTimer, duration, of_bytes
 
 
 class Clock:
