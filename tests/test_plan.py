@@ -37,6 +37,14 @@ def test_flops_count_loops_as_often_as_they_run():
     checkpointed = jax.checkpoint(lambda x: jnp.tanh(x @ b) @ b)
     gradient = jax.make_jaxpr(jax.grad(lambda x: checkpointed(x).sum()))(a)
     assert flops(gradient) >= 4 * one  # two forward, and two for the gradient of x
+    mesh = Topology.parse("v5e:2x2").mesh(data=1, fsdp=2, tensor=2)  # what lies over other axes is whole in the body
+    for axes in ({"fsdp"}, {"data", "fsdp", "tensor"}):
+        spec = PartitionSpec("fsdp")
+        divided = jax.shard_map(
+            lambda x: x @ b, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=axes, check_vma=False
+        )
+        twice = 2 if "tensor" in axes else 1  # every device of tensor does the same
+        assert flops(jax.make_jaxpr(divided)(a)) == twice * one
     batched = jax.make_jaxpr(lambda x: jnp.einsum("bij,bjk->bik", x, x))(jnp.ones((3, 4, 4)))
     assert flops(batched) == 2 * 3 * 4 * 4 * 4
 

@@ -13,7 +13,7 @@ def flops(jaxpr: Any, *, while_trips: int = 1) -> float:
     """Floating-point operations of all matrix products and convolutions of a (closed) jaxpr.
 
     A scan counts as often as it is long, of a `cond` the dearest branch; a `while` loop, whose length is data,
-    counts `while_trips` times. What a `shard_map` divides counts on every device of its mesh, a Pallas kernel once a
+    counts `while_trips` times. What a `shard_map` divides counts once for every share, a Pallas kernel once a
     step of its grid, but for the steps of a splash kernel whose blocks the mask empties.
     """
     return _flops(jaxpr, while_trips, None)
@@ -36,7 +36,8 @@ def _flops(jaxpr: Any, while_trips: int, blocks: tuple[int, int] | None) -> floa
         elif name == "cond":
             total += max(_flops(branch, while_trips, blocks) for branch in params["branches"])
         elif name == "shard_map":
-            total += params["mesh"].size * _flops(params["jaxpr"], while_trips, blocks)
+            shares = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+            total += shares * _flops(params["jaxpr"], while_trips, blocks)
         elif name == "pallas_call":
             total += _kernel_steps(params["grid_mapping"].grid, blocks) * _flops(params["jaxpr"], while_trips, None)
         else:
