@@ -24,6 +24,7 @@ LOST = 1  # the status of a process that ends because another one is gone
 BEAT = 0.5  # seconds between two signs of life
 _ROOT, _FAILED, _ALIVE = "ril_jax/values", "ril_jax/failed", "ril_jax/alive"
 _exchanges = 0  # so many of this process are over
+_leaving = threading.Event()  # this process has failed and ends by itself: nothing that it hears matters any more
 
 
 def count() -> int:
@@ -134,20 +135,19 @@ class Watch:
 
     def _run(self) -> None:
         state, beat = self._state, 0
-        while not self._over.is_set():
+        while not self._over.is_set() and not _leaving.is_set():
             beat += 1
             try:
                 state.client.key_value_set(f"{_ALIVE}/{state.process_id}", str(beat), allow_overwrite=True)
                 told = _ask(state.client, _FAILED, BEAT)
                 silent = self._silent() if state.process_id == 0 and told is None else []
             except Exception:  # whatever gRPC says of a service that is gone
-                if self._over.is_set():
+                if self._over.is_set() or _leaving.is_set():
                     return
                 _end("process 0 is gone", LOST)
             if silent:
                 line = f"no sign of life for {self._timeout:.0f} seconds"
                 _tell(silent[0], line, LOST)
-                time.sleep(0.5)  # the others get it from this process
                 _end(f"process {silent[0]} is gone: {line}", LOST)
             if told is not None and (failure := json.loads(told))["process"] != state.process_id:
                 _end(f"process {failure['process']} is gone: {failure['line']}", failure["status"])
@@ -175,9 +175,9 @@ def fail(line: str, status: int) -> bool:
     """Tell the other processes that this one ends, and why. Returns whether none has told the same before."""
     if _state() is None:
         return True
+    _leaving.set()
     told = _tell(index(), line, status)
-    if is_first():
-        time.sleep(1.0)  # the service ends with this process: the others get to hear it before
+    _let_others_hear()
     return told
 
 
@@ -200,9 +200,18 @@ def _tell(process: int, line: str, status: int) -> bool:
         return earlier is None or json.loads(earlier)["line"] != line
 
 
+def _let_others_hear() -> None:
+    """Before this process ends: the service ends with the first one, and with it what the others have not read."""
+    if is_first():
+        time.sleep(2 * BEAT)
+
+
 def _end(line: str, status: int) -> NoReturn:
+    if _leaving.is_set():  # in the main thread, with a line and a status of its own
+        threading.Event().wait()
     sys.stdout.flush()
     print(f"error: {line}; this process ends, too", file=sys.stderr, flush=True)
+    _let_others_hear()
     os._exit(status)
 
 

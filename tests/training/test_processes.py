@@ -1,17 +1,21 @@
 """Claims about runs of several processes, with real ones (gloo): the numbers of one process, and one life."""
 
+import contextlib
 import json
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import process_loop, processes, small_run
 from safetensors.numpy import load_file
 
+import ril_jax.processes
 from ril_jax.training.metrics import read_metrics
 
 # Sums over devices come in another order, and Adam makes much of rounding: 1e-3 is some ten times what is seen.
@@ -176,3 +180,27 @@ def test_an_error_of_one_process_ends_all_with_its_line(tmp_path):
     assert second.splitlines()[-1] == "error: row 7 is corrupt; mend it"
     assert first.splitlines()[-1] == "error: process 1 is gone: row 7 is corrupt; mend it; this process ends, too"
     assert "Traceback" not in first + second
+
+
+@pytest.mark.parametrize("failed_itself", [False, True])
+def test_a_process_that_failed_itself_ends_by_its_own_line_though_the_first_is_gone_before(monkeypatch, failed_itself):
+    """The service ends with the first process, which may be quicker to leave than the one that it leaves for."""
+
+    def gone(*_args, **_options):
+        raise RuntimeError("UNAVAILABLE: failed to connect")
+
+    state = SimpleNamespace(client=SimpleNamespace(key_value_set=gone), process_id=1, num_processes=2)
+    ended = []
+
+    def end(status):
+        ended.append(status)
+        sys.exit()
+
+    monkeypatch.setattr(ril_jax.processes, "_state", lambda: state)
+    monkeypatch.setattr(ril_jax.processes, "_leaving", threading.Event())
+    monkeypatch.setattr(ril_jax.processes.os, "_exit", end)
+    if failed_itself:
+        assert ril_jax.processes.fail("row 7 is corrupt", 2)
+    with contextlib.suppress(SystemExit):
+        ril_jax.processes.Watch(5.0)._run()
+    assert ended == ([] if failed_itself else [ril_jax.processes.LOST])
