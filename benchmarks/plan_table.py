@@ -1,10 +1,11 @@
 """Every program of the shipped configs, compiled for the smallest slice of each kind of TPU that holds it.
 
-    python benchmarks/plan_table.py [--only=qwen7b,teacher_qwen72b] > docs/plan.md
+    python benchmarks/plan_table.py [--only=qwen7b,teacher_qwen72b] [--kinds=v5e] [--keep=FOLDER] > docs/plan.md
 
-Method. For each config and kind the slices are tried in the order of their size, from the one of FIRST on, until every
-program leaves a GiB; that slice's programs are printed. Compiled at low effort by the real compiler: peaks are
-within a few per cent of a full compile, times are rooflines. Nothing here has run on a TPU.
+Method. For each config and kind the entries of TRIED are taken in turn until every program leaves a GiB; that slice's
+programs are printed, and of those before it the first program that does not fit. Compiled at low effort by the real
+compiler: peaks are within a few per cent of a full compile, times are rooflines. Nothing here has run on a TPU.
+What was compiled is kept in FOLDER and not compiled again, so a table that was broken off goes on.
 """
 
 import argparse
@@ -14,55 +15,67 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Where the search begins: one size below what is known to be needed.
-FIRST = {
-    "qwen7b": {"v5e": "4x8", "v5p": "2x2x2", "v6e": "4x4"},
-    "internvl8b": {"v5e": "4x8", "v5p": "2x2x2", "v6e": "4x4"},
-    "qwen3b": {"v5e": "4x4", "v5p": "2x2x1", "v6e": "2x4"},
-    "internvl2b": {"v5e": "2x4", "v5p": "2x2x1", "v6e": "2x4"},
-    "internvl1b": {"v5e": "2x4", "v5p": "2x2x1", "v6e": "2x2"},
-    "teacher_qwen72b": {"v5e": "8x8", "v5p": "2x2x2", "v6e": "4x4"},
-    "teacher_internvl78b": {"v5e": "8x8", "v5p": "2x2x2", "v6e": "4x4"},
-    "judge_qwen32b": {"v5e": "2x4", "v5p": "2x2x1", "v6e": "2x4"},
-}
+# What is tried, by size: shapes, perhaps with flags. The first is one size below what was thought to be needed.
+TRIED = {
+    "qwen7b": {"v5e": ("4x8",), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
+    "internvl8b": {"v5e": ("4x8", "8x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
+    "qwen3b": {"v5e": ("4x4", "4x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
+    "internvl2b": {"v5e": ("4x4", "4x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
+    "internvl1b": {"v5e": ("4x4", "4x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
+    "teacher_qwen72b": {"v5e": ("4x4", "4x8"), "v5p": ("2x2x1 --config.mesh.tensor=4", "2x2x2"), "v6e": ("2x4", "4x4")},
+    "teacher_internvl78b": {
+        "v5e": ("4x4", "4x8", "8x8"), "v5p": ("2x2x1 --config.mesh.tensor=4", "2x2x2"), "v6e": ("2x4", "4x4"),
+    },
+    "judge_qwen32b": {
+        "v5e": ("2x4", "4x4"), "v5p": ("2x2x1 --config.mesh.tensor=4",), "v6e": ("2x2 --config.mesh.tensor=4", "2x4"),
+    },
+}  # fmt: skip
 HEAD = """# What fits where
 
 Written by `python benchmarks/plan_table.py > docs/plan.md`. The compiler is the real one, the chips were absent: peaks
 are the compiler's at low effort, with what the run keeps beside a program; times are rooflines of FLOPs and analytic
-bytes, a floor. Nothing here has run on a TPU. The paper's batch of 144 questions; slices are the smallest, of those
-that were tried in the order of their size, on which every program leaves a GiB."""
+bytes, a floor. **Nothing here has run on a TPU.** The paper's batch of 144 questions. Slices are the smallest, of those
+that were tried in the order of their size, on which every program leaves a GiB. A student's programs include those of
+its teacher in the collect stage."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(FIRST), help="names of configs")
+    parser.add_argument("--only", default=",".join(TRIED), help="names of configs")
     parser.add_argument("--kinds", default="v5e,v5p,v6e")
+    parser.add_argument("--keep", type=Path, help="folder of what was compiled before")
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    from ril_jax.planning.chips import CHIPS
-
     print(HEAD)
     for name in args.only.split(","):
         print(f"\n## configs/{name}.py", flush=True)
         for kind in args.kinds.split(","):
-            slices = CHIPS[kind].slices
-            for shape in slices[slices.index(FIRST[name][kind]) :]:
-                if plan(name, f"{kind}:{shape}"):
-                    break
-            else:
+            if not any(plan(name, f"{kind}:{tried}", args.keep) for tried in TRIED[name][kind]):
                 print(f"\nNo slice of {kind} that was tried holds it.", flush=True)
 
 
-def plan(name: str, topology: str) -> bool:
+def plan(name: str, tried: str, keep: Path | None) -> bool:
     """Print the table if everything fits; one line if not."""
-    command = [sys.executable, "-m", "ril_jax.plan", f"--config={ROOT}/configs/{name}.py", f"--topology={topology}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    if done.returncode == 0:
-        print(done.stdout.rstrip(), flush=True)
+    topology, *flags = tried.split()
+    command = ["ril_jax.plan", f"--config=configs/{name}.py", f"--topology={topology}", *flags]
+    kept = None if keep is None else keep / f"{name} {tried}.txt".replace(":", " ")
+    if kept is not None and kept.exists():
+        status, _, text = kept.read_text().partition("\n")
+    else:
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        run = [sys.executable, "-m", *command, "--first"]
+        done = subprocess.run(run, capture_output=True, text=True, cwd=ROOT, env=environment)
+        status, text = str(done.returncode), done.stdout + done.stderr * (done.returncode not in (0, 1))
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(f"{status}\n{text}")
+    lines = text.strip().splitlines()
+    if status == "0":
+        rows = [line for line in lines if line.startswith("|")]
+        notes = lines[lines.index(rows[-1]) + 1 :]
+        print(f"\n`python -m {' '.join(command)}`: {'; '.join(notes)}\n\n{chr(10).join(rows)}", flush=True)
         return True
-    lines = [line for line in done.stdout.splitlines() if "does not fit" in line]
-    reason = lines[0] if lines else (done.stderr.strip() or done.stdout.strip()).splitlines()[-1]
-    print(f"\n{topology}: {reason}", flush=True)
+    reason = next((line for line in lines if "does not fit" in line), lines[-1])
+    print(f"\n{' '.join([topology, *flags])}: {reason}", flush=True)
     return False
 
 

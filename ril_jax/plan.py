@@ -5,7 +5,8 @@
 
 Works for training and serving configs. `--topology=auto` looks for the smallest slice of each kind that holds it,
 `--num_slices=2` joins slices over the data-centre network, `--effort=full` compiles as a run would (minutes a program),
-`--programs=WORD,...` takes those whose names contain one of these words. Peaks are the compiler's; times are estimates:
+`--programs=WORD,...` takes those whose names contain one of these words, `--first` ends at the first that does not fit,
+and `--config.stages=collect` takes those of a stage. Peaks are the compiler's; times are estimates:
 a roofline of matrix FLOPs and analytic bytes, a floor for what a chip will take. Ends with status 1 where something
 does not fit.
 """
@@ -22,12 +23,14 @@ from ril_jax.planning.chips import CHIPS, GIB, HEADROOM, Topology
 from ril_jax.planning.compiling import Compiled, compile_program
 from ril_jax.planning.serving import ServingPlan
 from ril_jax.planning.training import TrainingPlan
+from ril_jax.training.collect import STUDENT
 
 FLAGS = (
     cli.Flag("topology", str, "v5e:4x4", "kind:shape of the slice, or auto"),
     cli.Flag("num_slices", int, 1, "slices joined over the data-centre network"),
     cli.Flag("effort", str, "low", "low (seconds to a minute a program) or full"),
     cli.Flag("programs", list, [], "words; only programs whose names contain one"),
+    cli.Flag("first", bool, False, "end at the first program that does not fit"),
 )
 _HEADER = (
     "| program | shapes | compile | peak HBM | beside | headroom | TFLOP a chip | compute | memory | network | floor |",
@@ -40,7 +43,7 @@ def main(args: SimpleNamespace) -> int:
         raise InputError(f"--effort={args.effort}: give low or full")
     if args.topology == "auto":
         return _search(args)
-    return 0 if _plan(args, Topology.parse(args.topology, args.num_slices)) else 1
+    return 0 if _plan(args, Topology.parse(args.topology, args.num_slices), stop_early=args.first) else 1
 
 
 def _plan(args: SimpleNamespace, topology: Topology, *, stop_early: bool = False) -> bool:
@@ -87,7 +90,7 @@ def _row(c: Compiled) -> str:
     parts = c.parts
     cells = [
         c.program.name, c.program.shapes, f"{c.seconds:.0f} s", "over" if math.isinf(c.peak) else _gib(c.peak),
-        _gib(c.program.beside), "none" if math.isinf(c.peak) else _gib(c.headroom), f"{c.flops / 1e12:.2f}",
+        _gib(c.beside), "none" if math.isinf(c.peak) else _gib(c.headroom), f"{c.flops / 1e12:.2f}",
         *(f"{1e3 * parts[name]:.1f} ms" for name in ("compute", "memory", "network")), f"{1e3 * c.roofline:.1f} ms",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -107,7 +110,7 @@ def _summary(done: list[Compiled], topology: Topology) -> str:
         seconds = sum(c.program.runs * c.roofline for c in step)
         lines.append(f"a RIL step: at least {seconds:.1f} s on the devices, without the judge (estimate)")
     for c in done:
-        if c.program.name.startswith("decode"):
+        if c.program.name.removeprefix("collect: ").startswith(("decode", "sample")):
             lines.append(f"{c.program.name}: at most {c.program.tokens / c.roofline:,.0f} tokens/s (estimate)")
     return "\n".join(lines)
 
@@ -119,7 +122,13 @@ def _advice(c: Compiled) -> str:
     name = c.program.name
     if "update" in name:
         return "try a smaller micro_batch_size, student.remat=full, smaller buckets, or more chips (mesh.fsdp)"
-    if name.startswith(("decode", "prefill", "encode an image")):
+    if name.startswith("collect: ") and c.program.mesh is None:  # of a batch, not of the engine
+        teacher = "" if name.endswith(f" {STUDENT}") else "another collect.layout, "
+        return (
+            f"try {teacher}a smaller collect.batch_size or collect.num_generations, or more chips (those of "
+            "--config.stages=collect may be others than of RIL)"
+        )
+    if name.removeprefix("collect: ").startswith(("decode", "prefill", "encode an image")):
         return "try fewer slots or pages, smaller prefill chunks, or more chips (mesh.tensor)"
     return (
         f"needs more than {_gib(c.topology.chip.hbm - HEADROOM)}: try a smaller batch, smaller buckets, or more chips"

@@ -15,11 +15,12 @@ from ril_jax import sharding
 from ril_jax.errors import InputError
 from ril_jax.models import attention, paged
 from ril_jax.models.config import ModelConfig
+from ril_jax.planning.arguments import chip_bytes, model_config
 from ril_jax.planning.chips import CHIPS, Topology
 from ril_jax.planning.compiling import Compiled, Program, compile_program
 from ril_jax.planning.costs import flops
 from ril_jax.planning.serving import ServingPlan
-from ril_jax.planning.training import TrainingPlan, model_config
+from ril_jax.planning.training import TrainingPlan
 from ril_jax.training.batches import micro_rows
 
 pytest.importorskip("libtpu")
@@ -72,30 +73,97 @@ def test_unknown_slices_are_refused(text):
         Topology.parse(text)
 
 
-@pytest.mark.parametrize("family", ["qwen", "internvl"])
-def test_every_program_of_a_run_compiles_for_a_slice(family, tmp_path):
-    make = hf_models.save_qwen2_5_vl if family == "qwen" else hf_internvl.save_internvl
-    make(tmp_path / "model")
+def tiny_run(tmp_path, family):
+    """The config of a run whose student is of `family`, with a teacher of the other."""
+    hf_models.save_qwen2_5_vl(tmp_path / "qwen")
+    hf_internvl.save_internvl(tmp_path / "internvl")
     c = config_lib.default_config()
-    c.student.checkpoint = str(tmp_path / "model")
+    c.student.checkpoint = str(tmp_path / family)
+    other = "internvl" if family == "qwen" else "qwen"
+    config_lib.add_teacher(c, "big", str(tmp_path / other))
     c.sft.batch_size = c.ril.batch_size = c.discriminator.batch_size = 8
+    c.collect.batch_size, c.collect.num_generations = 3, 2
     c.data.prompt_buckets, c.data.response_buckets, c.discriminator.prompt_buckets = (128,), (128,), (128,)
     c.data.max_pixels, c.data.max_tiles = 112 * 112, 1
     c.data.vision_rungs = ((128, 2, 64), (512, 8, 64), (4,), (16,))
     c.sampling.max_completion_length = 128
-    c.sampling.layout = "tensor" if family == "qwen" else "training"
+    return c
+
+
+def plan_of(c):
     topology = Topology.parse("v5e:2x2")
-    plan = TrainingPlan(c, topology, topology.mesh(data=1, fsdp=2, tensor=2))
+    return TrainingPlan(c, topology, topology.mesh(data=1, fsdp=2, tensor=2)), topology
+
+
+RIL = {"encode images", "sample", "reference log-probs", "discriminator update", "RIL update"}
+COLLECT = {f"collect: {what} {who}" for what in ("encode images", "sample") for who in ("big", "student")}
+
+
+@pytest.mark.parametrize("family", ["qwen", "internvl"])
+def test_every_program_of_a_run_compiles_for_a_slice(family, tmp_path):
+    c = tiny_run(tmp_path, family)
+    c.sampling.layout = "tensor" if family == "qwen" else "training"
+    c.collect.layout = "replicated" if family == "qwen" else "training"
+    c.collect.student = family == "qwen"
+    plan, topology = plan_of(c)
     names = set()
     for program in plan.all():
         compiled = compile_program(program, topology)
         assert compiled.fits, (program.name, compiled.error)
         assert compiled.flops > 0 or program.name == "move weights"
-        assert compiled.peak > 0
+        assert compiled.peak > compiled.beside
         names.add(program.name)
-    assert names == {
-        "sft update", "encode images", "sample", "reference log-probs", "discriminator update", "RIL update",
-    } | ({"move weights"} if family == "qwen" else set())  # fmt: skip
+    collect = COLLECT if family == "qwen" else {name for name in COLLECT if name.endswith("big")}
+    assert names == RIL | collect | {"sft update"} | ({"move weights"} if family == "qwen" else set())
+
+
+def test_the_collect_stage_is_planned_as_it_is_asked_for(tmp_path):
+    c = tiny_run(tmp_path, "qwen")
+    c.stages = "collect"
+    programs = {p.name: p for p in plan_of(c)[0].all()}
+    assert set(programs) == COLLECT
+    assert all(p.beside == 0 for p in programs.values())  # neither the discriminator nor a reference is there yet
+    sample = programs["collect: sample big"]
+    assert sample.shapes == "4 prompts of 128, 2 x 128 tokens each"  # 3 questions, and a row for the other device
+    assert sample.tokens == 4 * 2 * 128
+    weights = lambda program: chip_bytes(  # noqa: E731
+        {name: array for name, array in program.arguments[0].items() if name.startswith("text.")}
+    )
+    c.collect.layout = "replicated"
+    moved = {p.name: p for p in plan_of(c)[0].all()}["collect: sample big"]
+    assert weights(moved) > 1.5 * weights(sample)  # no longer over fsdp
+    c.data.teacher_data = "responses"
+    assert {p.name for p in plan_of(c)[0].all()} == {n for n in COLLECT if n.endswith("student")}
+    c.collect.student = False
+    with pytest.raises(InputError, match="no stage of it has a program"):
+        plan_of(c)[0].all()
+
+
+def test_the_engine_of_a_run_is_planned_where_it_samples(tmp_path):
+    c = tiny_run(tmp_path, "qwen")
+    c.sampling.backend, c.collect.layout, c.stages = "engine", "replicated", "collect,ril"
+    c.sampling.engine.update({"slots": 4, "page_size": 16, "decode_steps": 2, "prefill": ((64, 2),)})
+    c.sampling.engine.update({"attention_block": 64, "feature_rows": 512})
+    plan, topology = plan_of(c)
+    programs = {p.name: p for p in plan.all()}
+    engine = {"encode an image", "prefill", "decode", "decode with filters"}
+    ours = {f"collect: {name} {who}" for name in engine for who in ("big", "student")}
+    assert set(programs) == (RIL - {"sample"}) | engine | ours
+    assert programs["decode"].beside > 0 == programs["collect: decode student"].beside
+    for name in ("collect: prefill big", "collect: decode big"):
+        assert programs[name].mesh.shape == {"data": 2, "fsdp": 1, "tensor": 2}
+        assert compile_program(programs[name], topology).fits
+
+
+def test_arguments_that_a_program_does_not_read_lie_beside_it():
+    topology = Topology.parse("v5e:2x2")
+    mesh = topology.mesh(data=1, fsdp=4, tensor=1)
+    where = NamedSharding(mesh, PartitionSpec("fsdp"))
+    read, unread = (jax.ShapeDtypeStruct((n, 256), jnp.float32, sharding=where) for n in (1024, 4096))
+    program = Program("p", "", jax.jit(lambda t: t["a"] @ t["a"].T), ({"a": read, "b": unread, "c": None},), beside=7)
+    compiled = compile_program(program, topology)
+    assert compiled.beside == 7 + 4 * 4096 * 256 / 4
+    assert compiled.peak > compiled.beside
 
 
 def test_every_program_of_the_engine_compiles_for_a_slice(tiny_vl):

@@ -1,12 +1,16 @@
 """One program for absent chips: compiled by the real compiler, and its time estimated by a roofline."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
+from ril_jax import sharding
+from ril_jax.planning.arguments import chip_bytes
 from ril_jax.planning.chips import DCN_BANDWIDTH, HEADROOM, Topology
 from ril_jax.planning.costs import flops
 
@@ -19,7 +23,7 @@ class Program:
       name, shapes: for people. hbm_bytes, network_bytes: bytes that a chip moves in one run (analytic, an estimate).
       across_slices: the part of network_bytes that goes between slices. beside: bytes of a chip that other arrays of
         the run take meanwhile. tokens: that one run handles. runs: how often a step runs it. while_trips: of its loops,
-        for the FLOPs.
+        for the FLOPs. mesh: that `sharding.constrain` means in it, if not the one in use.
     """
 
     name: str
@@ -33,12 +37,20 @@ class Program:
     tokens: float = 0.0
     runs: float = 1.0
     while_trips: int = 1
+    mesh: Mesh | None = None
+
+    def trace(self) -> Any:
+        with sharding.using(self.mesh):
+            return self.function.trace(*self.arguments)  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What came of it: seconds to compile, peak bytes of HBM a chip with what lies beside, FLOPs a chip, and `error` if
-    it does not fit."""
+    """What came of it.
+
+    Attributes: seconds (to compile), peak (bytes of HBM a chip, with what lies beside), flops (of a chip), error (the
+    compiler's words if it does not fit), beside (bytes of a chip: the program's, and arguments that it does not read).
+    """
 
     program: Program
     topology: Topology
@@ -46,6 +58,7 @@ class Compiled:
     peak: float
     flops: float
     error: str = ""
+    beside: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -76,7 +89,7 @@ class Compiled:
 def compile_program(program: Program, topology: Topology, *, full_effort: bool = False) -> Compiled:
     """Trace, lower and compile; a program that does not fit comes back with the compiler's words in `error`."""
     start = time.monotonic()
-    traced = program.function.trace(*program.arguments)  # type: ignore[attr-defined]
+    traced = program.trace()
     total = flops(traced.jaxpr, while_trips=program.while_trips) / topology.num_chips
     lowered = traced.lower(lowering_platforms=("tpu",))
     try:
@@ -86,13 +99,23 @@ def compile_program(program: Program, topology: Topology, *, full_effort: bool =
             raise
         text = " ".join(str(error).split())
         begin = max(text.find("Ran out of memory"), 0)
-        return Compiled(program, topology, time.monotonic() - start, float("inf"), total, text[begin : begin + 220])
+        seconds, words = time.monotonic() - start, text[begin : begin + 220]
+        return Compiled(program, topology, seconds, float("inf"), total, words, program.beside)
     memory = compiled.memory_analysis()
     peak = getattr(memory, "peak_memory_in_bytes", 0) or (
         memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )  # fmt: skip
-    return Compiled(program, topology, time.monotonic() - start, float(peak) + program.beside, total)
+    beside = program.beside + _unread(program, compiled)
+    return Compiled(program, topology, time.monotonic() - start, float(peak) + beside, total, beside=beside)
+
+
+def _unread(program: Program, compiled: Any) -> float:
+    """Bytes of a chip of arguments that the compiled program has none of, such as a tower's where text is decoded."""
+    shardings, _ = compiled.input_shardings  # None where an argument is left out
+    leaves = functools.partial(jax.tree.leaves, is_leaf=lambda leaf: leaf is None)
+    given = zip(leaves(program.arguments), leaves(shardings), strict=True)
+    return chip_bytes([array for array, where in given if array is not None and where is None])
 
 
 def low_effort() -> dict[str, Any]:
