@@ -5,7 +5,8 @@
 Method. For each config and kind the entries of TRIED are taken in turn until every program leaves a GiB; that slice's
 programs are printed, and of those before it the first program that does not fit. Compiled at low effort by the real
 compiler: peaks are within a few per cent of a full compile, times are rooflines. Nothing here has run on a TPU.
-What was compiled is kept in FOLDER and not compiled again, so a table that was broken off goes on.
+What was compiled is kept in FOLDER and not compiled again, so a table that was broken off goes on; with --kept it is
+printed as far as it is.
 """
 
 import argparse
@@ -44,12 +45,19 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(TRIED), help="names of configs")
     parser.add_argument("--kinds", default="v5e,v5p,v6e")
     parser.add_argument("--keep", type=Path, help="folder of what was compiled before")
+    parser.add_argument("--kept", action="store_true", help="compile nothing more, and say what is missing")
     args = parser.parse_args()
     print(HEAD)
     for name in args.only.split(","):
         print(f"\n## configs/{name}.py", flush=True)
         for kind in args.kinds.split(","):
-            if not any(plan(name, f"{kind}:{tried}", args.keep) for tried in TRIED[name][kind]):
+            for tried in TRIED[name][kind]:
+                if args.kept and not kept_file(args.keep, name, f"{kind}:{tried}").exists():
+                    print(f"\nNot compiled yet: {kind}:{tried}.")
+                    break
+                if plan(name, f"{kind}:{tried}", args.keep):
+                    break
+            else:
                 print(f"\nNo slice of {kind} that was tried holds it.", flush=True)
 
 
@@ -57,7 +65,7 @@ def plan(name: str, tried: str, keep: Path | None) -> bool:
     """Print the table if everything fits; one line if not."""
     topology, *flags = tried.split()
     command = ["ril_jax.plan", f"--config=configs/{name}.py", f"--topology={topology}", *flags]
-    kept = None if keep is None else keep / f"{name} {tried}.txt".replace(":", " ")
+    kept = None if keep is None else kept_file(keep, name, tried)
     if kept is not None and kept.exists():
         status, _, text = kept.read_text().partition("\n")
     else:
@@ -77,6 +85,10 @@ def plan(name: str, tried: str, keep: Path | None) -> bool:
     reason = next((line for line in lines if "does not fit" in line), lines[-1])
     print(f"\n{' '.join([topology, *flags])}: {reason}", flush=True)
     return False
+
+
+def kept_file(keep: Path, name: str, tried: str) -> Path:
+    return keep / f"{name} {tried}.txt".replace(":", " ")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python -m ril_jax.train ... --config.reward.judge.base_url=http://HOST:8000/v1
 
 For 8 chips of 16 GB (v5e-8) or more: a chip holds 8 GB of weights and 4.4 GB of key-value cache. The 8 key-value heads
-take 8 chips (mesh.tensor; 4 for a v5p-8; four chips of 32 GB are too few); more of them divide the weights further (mesh.fsdp).
+take 8 chips (mesh.tensor; 4 for a v5p-8; four chips of 32 GB are too few); more of them divide the weights further
+(mesh.fsdp).
 """
 
 from ml_collections import ConfigDict
