@@ -92,7 +92,7 @@ def get_config(folder: str = "") -> ConfigDict:
     c = serving_config()
     c.checkpoint, c.dtype, c.server.model_name = folder, "float32", "tiny"
     c.engine.update({"slots": 64, "small_slots": 8, "max_model_len": 512, "page_size": 32, "attention_block": 64})
-    c.engine.update({"prefill": ((64, 2), (96, 2), (128, 2)), "decode_steps": 8, "feature_rows": 1024})
+    c.engine.update({"prefill": ((16, 16),), "decode_steps": 8, "feature_rows": 1024})
     return c
 
 

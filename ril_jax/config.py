@@ -227,7 +227,7 @@ def engine_config() -> ConfigDict:
     c.prefill = (
         (128, 8),
         (512, 2),
-    )  # (tokens, prompts) of each prefill call; prompts are cut into chunks of the largest
+    )  # (tokens, rows) of each prefill program; a prompt is cut into pieces of the most tokens, each a row of a call
     c.decode_steps = 8  # tokens that are drawn between two looks of the host
     c.attention_block = 256  # tokens that attention reads at a time
     c.feature_rows = 16384  # image features kept on the device; an image may take as many

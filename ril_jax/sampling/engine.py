@@ -249,7 +249,7 @@ class Engine:
         arrays = pack_prompts([prompt], self.programs.config, batch=1, prompt_len=length, rung=None)
         digests = self._features.digests(prompt.images)
         content = content_ids(np.asarray(prompt.token_ids), self._image_token_id, digests)
-        keys, whole = chunk_keys(content, shapes.chunk)
+        keys, whole = chunk_keys(content, shapes.segment)
         rows, offset = [], 0
         for (digest, count), image in zip(digests, prompt.images, strict=True):
             rows.append((digest, offset, count, image))
@@ -285,7 +285,7 @@ class Engine:
             self.stats.images += len(job.image_rows)
 
     def _admit(self, job: Job) -> bool:
-        page, chunk, length = self.shapes.page_size, self.shapes.chunk, job.length
+        page, segment, length = self.shapes.page_size, self.shapes.segment, job.length
         if job.scoring:
             need = -(-length // page)
             if self._cache.available - self._reserved < need:
@@ -297,15 +297,15 @@ class Engine:
         whole = len(found) == len(job.keys) + 1 and found[-1].hidden is not None
         if not whole:
             found = found[: len(job.keys)]
-            if len(found) * chunk == length:  # the last token's hidden state is gone: compute its chunk again
+            if len(found) * segment == length:  # the last token's hidden state is gone: compute its segment again
                 found = found[:-1]
-        for segment in found:
-            self._cache.acquire(segment)
+        for held in found:
+            self._cache.acquire(held)
         own = self._own_pages(job)
-        fresh = 0 if whole else -(-(length - len(found) * chunk) // page)
+        fresh = 0 if whole else -(-(length - len(found) * segment) // page)
         if self._cache.available - self._reserved < fresh + own:
-            for segment in reversed(found):
-                self._cache.release(segment)
+            for held in reversed(found):
+                self._cache.release(held)
             return False
         self._reserved += own
         job.reserved = own
@@ -314,8 +314,8 @@ class Engine:
             job.end, job.done_tokens = found[-1], length
             self._ready.append(job)
         else:
-            job.done_tokens = len(found) * chunk
-            job.score_pages = self._cache.allocate(fresh)  # become segments chunk by chunk
+            job.done_tokens = len(found) * segment
+            job.score_pages = self._cache.allocate(fresh)  # become segments one by one
             self._prefilling.append(job)
         return True
 
@@ -325,26 +325,31 @@ class Engine:
         return -(-(job.length + job.limit) // page) - job.length // page
 
     def _prefill(self) -> bool:
-        """One prefill call for as many prompts as its program has rows. Returns whether there was one."""
+        """One prefill call: its rows take the next pieces of prompts, in the order in which they came, several of one
+        prompt as long as they are for the same program. Returns whether there was anything to do."""
         if not self._prefilling:
             return False
         first = self._prefilling[0]
-        tokens, rows = self._bucket(first)
+        tokens, rows = bucket = self._bucket(first, first.done_tokens)
         self._features.unpin()
-        if not self._hold_images(first, tokens):  # there is room, but not in one piece
+        if not self._hold_images(first, first.done_tokens, tokens):  # there is room, but not in one piece
             self._features.clear()
-            held = self._hold_images(first, tokens)
+            held = self._hold_images(first, first.done_tokens, tokens)
             assert held, "the images of one chunk are more than the feature store holds"
-        batch = [first]
-        for job in self._prefilling[1:]:
-            if len(batch) == rows:
+        pieces: list[tuple[Job, int]] = []  # of each row: whose, and where it starts
+        for job in self._prefilling:
+            at = job.done_tokens
+            while (
+                len(pieces) < rows and at < job.length and job.scoring == first.scoring
+                and self._bucket(job, at) == bucket and self._hold_images(job, at, tokens)
+            ):  # fmt: skip
+                pieces.append((job, at))
+                at += tokens
+            if len(pieces) == rows:
                 break
-            if job.scoring == first.scoring and self._bucket(job) == (tokens, rows) and self._hold_images(job, tokens):
-                batch.append(job)
         chunk = empty_chunk(tokens, rows, self.shapes.table_width)
         targets = np.zeros_like(chunk.token_ids)
-        for r, job in enumerate(batch):
-            start = job.done_tokens
+        for r, (job, start) in enumerate(pieces):
             count = min(tokens, job.length - start)
             part = slice(start, start + count)
             chunk.token_ids[r, :count] = job.arrays.token_ids[0, part]
@@ -357,25 +362,27 @@ class Engine:
             targets[r, : len(after)] = after
         self.stats.prefill_calls += 1
         self.stats.prefilled_tokens += int(chunk.length.sum())
+        jobs = [job for job, _ in pieces]
         if first.scoring:
             self._state, *scores = self.programs.score(self.params, self._state, chunk._replace(targets=targets))
-            self._take_scores(batch, chunk, [np.asarray(s) for s in jax.device_get(scores)])
+            self._take_scores(jobs, chunk, [np.asarray(s) for s in jax.device_get(scores)])
         else:
             self._state, hidden = self.programs.prefill(self.params, self._state, chunk)
-            self._take_prefilled(batch, chunk, hidden)
+            self._take_prefilled(jobs, chunk, hidden)
         return True
 
-    def _bucket(self, job: Job) -> tuple[int, int]:
-        """The prefill program of the job's next chunk: by what is left of the prompt, and nothing else."""
-        left = job.length - job.done_tokens
+    def _bucket(self, job: Job, start: int) -> tuple[int, int]:
+        """The prefill program of the job's piece at `start`: by what is left of the prompt, and nothing else."""
+        left = job.length - start
         fitting = [bucket for bucket in self.shapes.prefill if bucket[0] >= left]
         if job.scoring or not fitting:
             return max(self.shapes.prefill)
         return min(fitting)
 
-    def _hold_images(self, job: Job, tokens: int) -> bool:
-        """Get the images of the job's next chunk into the feature store; False if they do not fit beside the others."""
-        part = slice(job.done_tokens, min(job.done_tokens + tokens, job.length))
+    def _hold_images(self, job: Job, start: int, tokens: int) -> bool:
+        """Get the images of the job's piece at `start` into the feature store; False if they do not fit beside those
+        of the other pieces."""
+        part = slice(start, min(start + tokens, job.length))
         index = job.arrays.feature_index[0, part]
         for digest, offset, count, image in job.image_rows:
             if not ((index >= offset) & (index < offset + count)).any():
@@ -402,15 +409,14 @@ class Engine:
     def _prompt_pages(self, job: Job) -> list[int]:
         return [page for segment in job.segments for page in segment.pages] + job.score_pages
 
-    def _take_prefilled(self, batch: Sequence[Job], chunk: Chunk, hidden) -> None:
-        page = self.shapes.page_size
-        for r, job in enumerate(batch):
+    def _take_prefilled(self, jobs: Sequence[Job], chunk: Chunk, hidden) -> None:
+        """jobs: of each row. What fills a segment becomes one, and prompts that are whole are ready to be sampled."""
+        size, page = self.shapes.segment, self.shapes.page_size
+        for r, job in enumerate(jobs):
             job.done_tokens += int(chunk.length[r])
             parent = job.segments[-1] if job.segments else None
-            full = int(chunk.length[r]) == self.shapes.chunk
-            if full:
-                count = self.shapes.chunk // page
-                pages, job.score_pages = job.score_pages[:count], job.score_pages[count:]
+            if job.done_tokens == size * (len(job.segments) + 1):
+                pages, job.score_pages = job.score_pages[: size // page], job.score_pages[size // page :]
                 parent = self._cache.insert(job.keys[len(job.segments)], pages, parent)
                 job.segments.append(parent)
             if job.done_tokens == job.length:
@@ -421,9 +427,9 @@ class Engine:
                 self._prefilling.remove(job)
                 self._ready.append(job)
 
-    def _take_scores(self, batch: Sequence[Job], chunk: Chunk, scores: Sequence[np.ndarray]) -> None:
+    def _take_scores(self, jobs: Sequence[Job], chunk: Chunk, scores: Sequence[np.ndarray]) -> None:
         logprobs, ids, top = scores
-        for r, job in enumerate(batch):
+        for r, job in enumerate(jobs):
             count = int(chunk.length[r])
             job.scores.append((logprobs[r, :count], ids[r, :count], top[r, :count]))
             job.done_tokens += count

@@ -1,7 +1,7 @@
 """The compiled programs of the sampling engine: a fixed, small set, all of which are built before the first request.
 
 encode    an image of one rung -> its rows of the feature store
-prefill   the next chunk of several prompts -> their pages, and the hidden state of each one's last token
+prefill   the next pieces of prompts, a row each -> their pages, and the hidden state of each row's last token
 score     the same, and the log-probability of given next tokens
 place     hidden states -> the slots that draw from them
 copy      pages -> pages
@@ -10,6 +10,7 @@ decode    a few tokens for every slot
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ class EngineShapes:
         its own, used while no more are taken (0: none); others follow, each for four times as many.
       max_model_len: tokens of prompt and response together. page_size: tokens a page. num_pages: of the pool, page 0
         included.
-      prefill: (tokens, rows) of each prefill program; the largest tokens is the chunk that prompts are cut into.
+      prefill: (tokens, rows) of each prefill program. Prompts are cut into pieces of the largest tokens; the last one
+        goes through the program with the fewest that hold it. A prompt takes as many rows of a call as it has pieces.
       decode_steps: tokens drawn between two looks of the host.
       attention_block: tokens that attention reads at a time.
       feature_rows: image features that are kept on the device.
@@ -55,7 +57,13 @@ class EngineShapes:
 
     @property
     def chunk(self) -> int:
+        """Tokens of the pieces that prompts are cut into."""
         return max(tokens for tokens, _ in self.prefill)
+
+    @property
+    def segment(self) -> int:
+        """Tokens of which the cache keeps a prompt's beginning: whole pieces and whole pages."""
+        return math.lcm(self.chunk, self.page_size)
 
     @property
     def table_width(self) -> int:
@@ -202,7 +210,7 @@ class EnginePrograms:
             last = jnp.maximum(chunk.length - 1, 0)[:, None, None]
             return state, jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
-        return self._jit(prefill)
+        return self._jit(prefill, results=1)
 
     @functools.cached_property
     def score(self):
@@ -219,7 +227,7 @@ class EnginePrograms:
 
             return state, *jax.lax.map(one, (hidden, chunk.targets))
 
-        return self._jit(score)
+        return self._jit(score, results=3)
 
     @functools.cached_property
     def place(self):
@@ -260,7 +268,7 @@ class EnginePrograms:
         def decode(params: Params, state: EngineState, control: Control):
             return self._decode(params, state, control, slots, full)
 
-        return self._jit(decode)
+        return self._jit(decode, results=1)
 
     def warm_up(self, params: Params, vision_inputs: Iterator[Any]) -> Iterator[tuple[str, Callable]]:
         """(name, call) of every program there is; `call(state) -> state` runs it once on nothing."""
@@ -289,8 +297,13 @@ class EnginePrograms:
                 name = f"decode {slots}{' full' if full else ''}"
                 yield name, lambda state, c=control, s=slots, f=full: self.decode(s, f)(params, state, c)[0]
 
-    def _jit(self, function: Callable, state_at: int = 1) -> Callable:
-        return jax.jit(function, donate_argnums=(state_at,))
+    def _jit(self, function: Callable, state_at: int = 1, results: int = 0) -> Callable:
+        """The state stays as it lies; so many `results` beside it are on every device, for every process to read."""
+        state: Any = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        whole = sharding.replicated(self.mesh)
+        return jax.jit(
+            function, donate_argnums=(state_at,), out_shardings=(state, *[whole] * results) if results else state
+        )
 
     def _layers(self, model):
         return unstack_for_few_rows(model.text.layers) if self.unroll else None

@@ -27,10 +27,11 @@ def engine_shapes(config: ConfigDict, *, max_positions: int) -> EngineShapes:
         if value < 1:
             raise InputError(f"config.engine.{name} is {value}; give 1 or more")
     if not prefill or min(min(pair) for pair in prefill) < 1:
-        raise InputError("config.engine.prefill must name at least one (tokens, prompts), both positive")
-    if prefill[-1][0] % page:
+        raise InputError("config.engine.prefill must name at least one (tokens, rows), both positive")
+    if prefill[-1][0] % page and page % prefill[-1][0]:
         raise InputError(
-            f"config.engine.prefill's largest chunk, {prefill[-1][0]} tokens, is no multiple of page_size, {page}"
+            f"config.engine.prefill's largest chunk, {prefill[-1][0]} tokens, is no multiple of page_size, {page}, "
+            f"nor a part of it"
         )
     if config.attention_block % page:
         raise InputError(

@@ -104,20 +104,40 @@ def test_a_request_gets_the_same_bits_alone_in_a_crowd_and_from_the_cache(engine
         assert again.tokens != alone.tokens
 
 
-def test_smaller_decode_programs_give_the_same_greedy_tokens(engine, tiny_vl):
-    several = make_engine(tiny_vl, dataclasses.replace(SHAPES, small_slots=1))
-    assert several.shapes.slot_counts() == (1, 4, 6)
+@pytest.fixture(scope="module")
+def other(tiny_vl):
+    """The same model behind other programs: fewer slots at a time, and pieces of prompts of half a page."""
+    small = make_engine(tiny_vl, dataclasses.replace(SHAPES, small_slots=1, prefill=((4, 6),)))
+    yield small
+    small.close()
+
+
+def test_other_programs_give_the_same_greedy_tokens(engine, other):
+    assert other.shapes.slot_counts() == (1, 4, 6)
     requests = [Request(p, max_tokens=9 + 6 * i, sampling=GREEDY) for i, p in enumerate(prompts())]
     expected = run(engine, *requests)
     used: set[int] = set()
-    decode = several.programs.decode
-    several.programs.__dict__["decode"] = lambda slots, full: (used.add(slots), decode(slots, full))[1]
-    got = run(several, *requests)
+    decode = other.programs.decode
+    other.programs.__dict__["decode"] = lambda slots, full: (used.add(slots), decode(slots, full))[1]
+    got = run(other, *requests)
     assert used == {1, 4, 6}  # as requests end, and what is left stands in any of the slots
     assert [c.tokens for c in got] == [c.tokens for c in expected]
-    for mine, other in zip(got, expected, strict=True):
-        np.testing.assert_allclose(mine.logprobs[0], other.logprobs[0], atol=1e-5)
-    several.close()
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(mine.logprobs[0], theirs.logprobs[0], atol=1e-5)
+
+
+def test_pieces_of_one_prompt_share_calls(engine, other):
+    """32 tokens are eight pieces of four, six of which go into the first call. Pages of eight are what is kept."""
+    assert (other.shapes.chunk, other.shapes.page_size, other.shapes.segment) == (4, 8, 8)
+    fresh(other)
+    first, second = prompts()[3], prompts()[2]
+    longer = dataclasses.replace(first, token_ids=np.concatenate([first.token_ids, second.token_ids]))
+    for prompt, calls, computed in ((first, 2, 32), (first, 0, 0), (longer, 1, 9)):
+        before = dataclasses.replace(other.stats)
+        request = Request(prompt, max_tokens=9, sampling=GREEDY)
+        assert run(other, request)[0].tokens == run(engine, request)[0].tokens
+        assert other.stats.prefill_calls - before.prefill_calls == calls
+        assert other.stats.prefilled_tokens - before.prefilled_tokens == computed
 
 
 def test_joining_in_the_middle_changes_nothing(engine):
