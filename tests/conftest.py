@@ -1,10 +1,16 @@
-"""Settings that every test shares: JAX on the CPU, in full precision."""
+"""Settings that every test shares: JAX on the CPU, in full precision, and what was compiled once kept for all."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="ril-jax-compiled-")  # of this session
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 import gc
 import sys
@@ -16,6 +22,7 @@ import pytest
 from ril_jax import sharding
 from ril_jax.models import attention
 
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))  # `from helpers import hf_models`
 
 

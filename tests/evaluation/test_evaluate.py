@@ -151,7 +151,7 @@ def test_a_process_killed_at_any_moment_goes_on(tmp_path, folder):
         words = [f"--config={CONFIG}:{url}", f"--data={tmp_path}", f"--output={folder}", "--benchmarks=ai2d"]
         command = [sys.executable, "-m", "ril_jax.evaluate", *words]
         for least in (5, 20):
-            process = subprocess.Popen(command, env=quick_environment(tmp_path), stdout=subprocess.DEVNULL)
+            process = subprocess.Popen(command, env=quick_environment(), stdout=subprocess.DEVNULL)
             wait_for(lambda least=least: len(service.bodies) >= least, 60)
             process.kill()
             process.wait()
@@ -267,7 +267,7 @@ def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny"
     folder.mkdir()
     build_tiny_folder(folder)
-    with quick_compilation(tmp_path_factory.mktemp("cache")):
+    with quick_compilation():
         model, engine = local.load_engine(evaluated_config(folder))
 
     def load(config, **kwargs):

@@ -72,7 +72,7 @@ def url(tmp_path_factory):
     folder.mkdir()
     build_tiny_folder(folder, ends=40)
     config = evaluated_config(folder)
-    with quick_compilation(tmp_path_factory.mktemp("cache")):
+    with quick_compilation():
         model, engine = load_engine(config)
     engine.start()
     service = Service(config, model_name="tiny")

@@ -98,7 +98,7 @@ def served(folder: Path, letters: str) -> Iterator[str]:
     (folder / "tiny" / "config.json").write_text(described.replace('embeddings": 1024', 'embeddings": 4096'))
     config = evaluated_config(folder / "tiny")
     config.engine.max_model_len = 4096  # their judge's prompt is long
-    with quick_compilation(folder / "cache"):
+    with quick_compilation():
         model, engine = load_engine(config)
     engine.start()
     service = Service(config, model_name="tiny")

@@ -66,7 +66,6 @@ class Made:
     """A model's folder, an engine over it, and a server of it that runs."""
 
     folder: Path
-    cache: Path
     model: Pretrained
     engine: Engine
     url: str
@@ -81,23 +80,23 @@ class Made:
             )  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        return quick_environment(self.cache)
+        return quick_environment()
 
 
 @pytest.fixture(scope="session")
 def made_here(tmp_path_factory) -> Iterator[Made]:
-    folder, cache = tmp_path_factory.mktemp("generated") / "tiny", tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("generated") / "tiny"
     folder.mkdir()
     build_tiny_folder(folder)
     config = generated_config(folder)
-    with quick_compilation(cache):
+    with quick_compilation():
         model, engine = load_engine(config)
     engine.start()
     service = Service(config, model_name="tiny")
     service.open(model, engine)
     recorder = Recorder(service.app)
     with running(SimpleNamespace(app=recorder, close=service.close)) as url:
-        yield Made(folder, cache, model, engine, url, recorder)
+        yield Made(folder, model, engine, url, recorder)
     engine.close()
 
 

@@ -34,7 +34,7 @@ def questions(tmp_path_factory):
 def by_engine(made_here, questions, tmp_path_factory):
     """The folder of a job by the local engine that nobody disturbed."""
     output = tmp_path_factory.mktemp("by_engine") / "out"
-    with quick_compilation(made_here.cache):
+    with quick_compilation():
         run_here(generated_config(made_here.folder), questions, output)
     return output
 

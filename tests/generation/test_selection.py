@@ -184,7 +184,7 @@ def test_scores_are_the_log_probabilities_of_the_loaded_model(made, responses):
     found = dict(scoring.score_questions(engine, made.model.chat, iter(dataset), wanted, threads=2, notify=pytest.fail))
     engine.close()
     assert set(found) == {q.id for q in dataset}
-    with quick_compilation(made.cache):
+    with quick_compilation():
         model = ril_jax.load(made.folder, dtype="float32")
         ends = set()
         for question in dataset:

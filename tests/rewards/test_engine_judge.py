@@ -23,8 +23,8 @@ ITEMS = [JudgeItem("How many?", "5", f"There are {n} of them.", f"q{n}") for n i
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly(tmp_path_factory):
-    with quick_compilation(tmp_path_factory.mktemp("compiled")):
+def quickly():
+    with quick_compilation():
         yield
 
 

@@ -23,8 +23,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(tiny, tmp_path_factory):
-    with quick_compilation(tmp_path_factory.mktemp("cache")):
+def engine(tiny):
+    with quick_compilation():
         made = make_engine(tiny, SMALL_STORE)
         yield made
     made.close()
