@@ -1,7 +1,7 @@
 """Claims about launch/: Cloud TPU by a stand-in for gcloud, GKE manifests by a schema, processes on one machine.
 
 The stand-in keeps a cloud in a folder: hosts are folders in which remote commands run, a bucket is a folder that
-outlives them.
+outlives them. What runs there has left the tests' process group, as on a host, and still ends with the tests.
 """
 
 import contextlib
@@ -72,7 +72,8 @@ esac
 GIT = """#!/usr/bin/env bash
 for word in "$@"; do [[ "$word" != --output=* ]] || tar czf "${word#--output=}" -C "$2" launch; done
 """
-# Stands for the host's Python and, once it has "made" it, for the one in .venv: training counts its starts.
+# Stands for the host's Python and, once it has "made" it, for the one in .venv: training counts its starts, and goes on
+# until it is stopped, or the tests' own process is gone, whatever ended that.
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
@@ -90,7 +91,7 @@ case "$*" in
     echo "start $start: ${SECRET:-no secret}"
     status=$(sed -n "${start}p" "$CLOUD/plan" 2>/dev/null)
     [[ -z "$status" ]] || exit "$status"
-    while true; do sleep 0.05; done ;;
+    while [[ -d "/proc/$TESTS" ]]; do sleep 0.05; done ;;
 esac
 """
 GCSFUSE = """#!/usr/bin/env bash
@@ -121,6 +122,7 @@ class Cloud:
         (folder / "address").write_text("10.0.0.7\n")
         self.env = {k: v for k, v in os.environ.items() if not k.startswith("TPU_") and k != "WORKDIR"}
         self.env |= {"PATH": f"{folder}/bin:{os.environ['PATH']}", "CLOUD": str(folder)}
+        self.env["TESTS"] = str(os.getpid())
         self.env |= {"TPU_NOTES": str(folder / "notes"), "TPU_POLL": "0.1"}
         self.watching = []
 
@@ -149,12 +151,14 @@ class Cloud:
         return [" ".join(line.split()[2:4]) for line in self.log.read_text().splitlines()]
 
     def close(self):
+        """Kill whatever runs in this cloud: a watch, what it started, and what hosts started and left behind."""
+        while found := running_with(f"CLOUD={self.folder}"):
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
         for process in self.watching:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        for pid in self.folder.glob("hosts/*/ril_jax_project/.launch/pid"):
-            kill(pid)
+            process.wait()
 
 
 @pytest.fixture
@@ -655,15 +659,20 @@ def local(tmp_path, *words, flags=("--processes=2",)):
     return [sys.executable, LAUNCH / "local.py", *flags, "--", sys.executable, tmp_path / "child.py", *words]
 
 
+@contextlib.contextmanager
 def started(words):
-    """A launcher whose two processes have begun."""
+    """A launcher whose two processes have begun; killed at the end of the block, and they with it."""
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    begun = 0
-    while begun < 2:
-        line = process.stdout.readline()
-        assert line, "it ended early"
-        begun += " of 2 at " in line
-    return process
+    try:
+        begun = 0
+        while begun < 2:
+            line = process.stdout.readline()
+            assert line, "it ended early"
+            begun += " of 2 at " in line
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_local_processes_get_their_places_and_print_behind_their_numbers(tmp_path):
@@ -694,19 +703,17 @@ def test_local_processes_that_do_not_end_are_killed(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_reach_every_local_process_once(tmp_path, number):
-    process = started(local(tmp_path, "wait"))
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=20)
+    with started(local(tmp_path, "wait")) as process:
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert output.count("saved") == 2
 
 
 def test_local_processes_end_with_a_killed_launcher(tmp_path):
-    process = started(local(tmp_path, "wait"))
-    children = children_of(process.pid)
-    assert len(children) == 2
-    process.kill()
-    process.communicate()
+    with started(local(tmp_path, "wait")) as process:
+        children = children_of(process.pid)
+        assert len(children) == 2
     end = time.monotonic() + 10
     while any(Path(f"/proc/{child}").exists() and "Z" not in stat(child) for child in children):
         assert time.monotonic() < end
@@ -780,6 +787,16 @@ def kill(file, number=signal.SIGKILL):
     """Send a signal to the process whose id stands in a file."""
     with contextlib.suppress(ProcessLookupError, ValueError):
         os.kill(int(file.read_text()), number)
+
+
+def running_with(variable):
+    """The processes with NAME=VALUE in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 def children_of(pid):
