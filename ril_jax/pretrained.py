@@ -52,6 +52,10 @@ class Pretrained:
             config = dataclasses.replace(config, image_token_id=chat.image_token_id)
         return cls(folder, config, chat, make_network(config))
 
+    def with_config(self, config: ModelConfig) -> "Pretrained":
+        """The same folder read as a network of another config, for parameters that are made to fit it."""
+        return dataclasses.replace(self, config=config, network=make_network(config))
+
     def load_params(
         self, mesh: Mesh, *, dtype: Any = jnp.float32, progress: Callable[[int, int], None] | None = None
     ) -> Params:

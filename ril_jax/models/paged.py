@@ -16,6 +16,7 @@ from ril_jax import sharding
 from ril_jax.models import attention
 from ril_jax.models.config import TextConfig
 from ril_jax.models.layers import scan_layers
+from ril_jax.models.paged_writes import write_tokens, write_units
 from ril_jax.models.qwen2 import Qwen2
 
 _MASKED = -1e30
@@ -40,7 +41,9 @@ class PagePool(NamedTuple):
         return (config.num_key_value_heads, config.num_hidden_layers * num_pages, page_size, width)
 
 
-def run_chunk(text: Qwen2, x, positions, pool: PagePool, tables, start, length, *, layers=None, block: int = 256):
+def run_chunk(
+    text: Qwen2, x, positions, pool: PagePool, tables, start, length, *, layers=None, block: int = 256, unit: int = 1
+):
     """Hidden states of the next `length` tokens of every row, whose keys and values go into the row's pages.
 
     Args:
@@ -50,6 +53,7 @@ def run_chunk(text: Qwen2, x, positions, pool: PagePool, tables, start, length, 
       layers: the layers one by one (`layers.unstack`), instead of a scan over them.
       block: tokens that plain attention reads at a time (a multiple of the page size); results do not depend on how
         much other rows hold. Single tokens (C = 1) go through the TPU's paged kernel where that is the backend.
+      unit: tokens that are written at a time: divides C, the page size and every `start`.
 
     Returns: (hidden [B, C, D] after the final norm, pool).
     """
@@ -67,10 +71,11 @@ def run_chunk(text: Qwen2, x, positions, pool: PagePool, tables, start, length, 
         base = number * num_pages
 
         def attend(q, k, v):
-            rows = base + page
             q, k, v = (_widened(a, pool.k.shape[-1]) for a in (q, k, v))
-            new = (jnp.moveaxis(a, 2, 0) for a in (k, v))  # heads first
-            written = PagePool(*(p.at[:, rows, offset].set(a.astype(p.dtype)) for p, a in zip(pool, new, strict=True)))
+            if unit > 1:
+                written = PagePool(*write_units(pool, (k, v), tables, base, start, length, unit=unit))
+            else:
+                written = PagePool(*write_tokens(pool, (k, v), base + page, offset))
             out = paged_attention(q * text.config.head_dim**-0.5, written, base + tables, at, context, block=block)
             return out[..., : text.config.head_dim], written
 

@@ -315,6 +315,7 @@ class EnginePrograms:
         hidden, pool = run_chunk(
             model.text, x, chunk.positions, state.pool, chunk.tables, chunk.start, chunk.length,
             layers=layers, block=self.shapes.attention_block,
+            unit=math.gcd(self.shapes.chunk, self.shapes.page_size, chunk.token_ids.shape[1]),
         )  # fmt: skip
         return model, hidden, state._replace(pool=pool)
 

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ril_jax import sharding
+from ril_jax import processes, sharding
 from ril_jax.compilation import CompileCounter
 from ril_jax.data.chat import ChatTokenizer
 from ril_jax.errors import InputError
 from ril_jax.models import attention
+from ril_jax.models.lanes import pad_feed_forward, whole_lanes
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained
 from ril_jax.sampling.engine import Engine
@@ -97,12 +99,30 @@ def load_engine(
         raise InputError("config.checkpoint is empty; name a Hugging Face folder or a hub id")
     limits = {name: config[name] or None for name in ("min_pixels", "max_pixels", "max_tiles")}
     model = Pretrained.open(config.checkpoint, **limits)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = _mesh_of_this_host(config)
+    sharding.use(mesh)
     attention.use(config.attention)
     params = model.load_params(mesh, dtype=jnp.dtype(config.dtype), progress=loading)
-    engine = make_engine(model, params, config.engine, mesh, dtype=config.dtype)
+    wide = model
+    if attention.backend() == "pallas":
+        wide = model.with_config(whole_lanes(model.config, mesh.shape["tensor"]))
+        params = pad_feed_forward(params, wide.config, mesh)
+    engine = make_engine(wide, params, config.engine, mesh, dtype=config.dtype)
     engine.warm_up(progress)
     return model, engine
+
+
+def _mesh_of_this_host(config: ConfigDict) -> Mesh:
+    """Every process of a run has an engine of its own: what it is asked, and when, the others do not know."""
+    try:
+        return sharding.mesh_of(jax.local_devices(), **config.mesh)
+    except InputError as error:
+        if processes.count() == 1:
+            raise
+        raise InputError(
+            f"{error}; each of the {processes.count()} processes loads the model on its own devices: one that needs "
+            "several hosts cannot be sampled here, so take one host with more memory, or an endpoint"
+        ) from error
 
 
 class TextStream:
