@@ -3,8 +3,9 @@
     python -m ril_jax.evaluate --config=configs/evaluate.py --checkpoint=DIR --data=FOLDER --output=DIR \\
         [--benchmarks=ai2d,chartqa] [--shard=i/n] [--limit=N] [--summary]
 
-Killed at any moment and started again it goes on where it was. Many hosts share the work by --shard=0/n to n-1/n, all
-into the same --output; whoever finds every shard answered writes the scores. ril_jax.compare shows two such folders.
+Killed at any moment and started again it goes on where it was. Many hosts share the work, each with a model of its own
+and all into the same --output: by --shard=0/n to n-1/n, or as the processes of one run (ril_jax/distributed.py), which
+divide it themselves. Whoever finds every shard answered writes the scores. ril_jax.compare shows two such folders.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ril_jax import cli
-from ril_jax.data.merge import parse_shard
+from ril_jax import cli, processes
 from ril_jax.errors import InputError
 from ril_jax.evaluation.benchmarks import chosen
 from ril_jax.evaluation.paper import paper_rows
 from ril_jax.evaluation.run import Evaluation
 from ril_jax.evaluation.tasks import Task
 from ril_jax.generation.outcomes import ResponseSource
+from ril_jax.generation.share import own_part
 from ril_jax.generation.sources import open_source
 
 FLAGS = (
@@ -41,7 +42,7 @@ FLAGS = (
 
 
 def main(args: SimpleNamespace) -> int:
-    config, (number, count) = args.config, parse_shard(args.shard)
+    config, (number, count) = args.config, own_part(args.shard)
     if args.checkpoint:
         config.checkpoint = args.checkpoint
     _check(config, args)
@@ -56,15 +57,18 @@ def main(args: SimpleNamespace) -> int:
         )  # fmt: skip
         paper = args.paper or ""
         if args.summary:
-            print(run.table(paper=paper))
+            processes.say(run.table(paper=paper))
             return 0
-        run.claim(_sampling(config) | fields)
+        processes.by_first(lambda: run.claim(_sampling(config) | fields), "claim the output")
         ask = {"concurrency": config.generate.concurrency, "threads": config.generate.threads}
         run.answer(begin, **ask)
         answering.close()
         gc.collect()  # so that the judge has the device's memory
         if begin_judge is not None:
             run.ask_judge(begin_judge, **ask)
+        processes.gather(None, "all shards are answered")
+        if not processes.is_first():
+            return 0
         if missing := run.missing_shards():
             _tell(f"shard {number}/{count} is done; {run.output} still waits for {', '.join(missing)}")
         else:
@@ -146,4 +150,4 @@ def _tell(line: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "data", "output"), flags=FLAGS)
+    cli.run(main, required=("config", "data", "output"), flags=FLAGS, processes=True)

@@ -3,8 +3,9 @@
     python -m ril_jax.generate --config=configs/teacher_qwen72b.py --config.checkpoint=HF_DIR \\
         --input=QUESTIONS --output=DIR [--shard=i/n] [--summary]
 
-Killed at any moment and started again it goes on where it was. Many hosts share the work by --shard=0/n to n-1/n, each
-into its own part of DIR. docs/teacher_data.md tells of the rest.
+Killed at any moment and started again it goes on where it was. Many hosts share the work, each with a model of its own
+and into its own part of DIR: by --shard=0/n to n-1/n, or as the processes of one run (ril_jax/distributed.py), which
+divide it themselves. docs/teacher_data.md tells of the rest.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
-from ril_jax import cli
+from ril_jax import cli, processes
 from ril_jax.data.importer import count_rows, input_files, read_rows, repeated_ids
 from ril_jax.data.merge import parse_shard, part_name
 from ril_jax.data.rows import Row
 from ril_jax.errors import InputError
 from ril_jax.generation.folder import JobFolder
 from ril_jax.generation.job import REPEATED, run_job
+from ril_jax.generation.share import own_part, stopping_together
 from ril_jax.generation.sources import open_source
 from ril_jax.generation.summary import summary_of_folder
 from ril_jax.models.digest import file_ends
@@ -39,17 +41,26 @@ FLAGS = (
 
 
 def main(args: SimpleNamespace) -> int:
-    config, number, count = args.config, *parse_shard(args.shard)
+    config, folder = args.config, Path(args.output)
+    named = parse_shard(args.shard)
     _check(config)
-    output = Path(args.output) / part_name(number, count) if args.shard else Path(args.output)
     if args.summary:
-        print(summary_of_folder(output))
+        processes.say(summary_of_folder(folder / part_name(*named) if args.shard else folder))
         return 0
     if not args.input:
         raise InputError("--input=QUESTIONS is missing")
+    number, count = own_part(args.shard)
+    with stopping_together():
+        part = folder / part_name(number, count) if args.shard or processes.count() > 1 else folder
+        _collect(config, args, part, number, count)
+        processes.gather(None, "all parts are collected")
+    return 0
+
+
+def _collect(config: ConfigDict, args: SimpleNamespace, output: Path, number: int, count: int) -> None:
     num_rows = len(range(number, count_rows(args.input, args.split), count))
     if not num_rows:
-        raise InputError(f"{args.input} holds no rows for --shard={args.shard or '0/1'}; give it questions")
+        raise InputError(f"{args.input} holds no rows for --shard={number}/{count}; give it questions")
 
     # Alone, the job finds them itself; they may also lie in another host's part.
     repeated = repeated_ids(args.input, args.split) if count > 1 else {}
@@ -83,7 +94,6 @@ def main(args: SimpleNamespace) -> int:
                 run_job(folder, read, begin(), concurrency=g.concurrency, threads=g.threads)
             folder.finish()
         print(summary_of_folder(output))
-    return 0
 
 
 def _check(config: ConfigDict) -> None:
@@ -107,4 +117,4 @@ def _tell(line: str) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, required=("config", "output"), flags=FLAGS)
+    cli.run(main, required=("config", "output"), flags=FLAGS, processes=True)

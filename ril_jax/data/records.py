@@ -130,6 +130,11 @@ def write_shard(path: str | os.PathLike[str], questions: Iterable[Question]) -> 
     return size
 
 
+def load_tfds() -> None:
+    """Import what writes data sets. While that lasts, imports of other threads fail (etils makes TFDS's lazy)."""
+    _features()
+
+
 def write_metadata(folder: str | os.PathLike[str], name: str, shard_lengths: Sequence[int], num_bytes: int) -> None:
     """Make a data set of the shards that lie at `shard_path` in `folder`: TFDS's description of them.
 

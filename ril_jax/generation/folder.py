@@ -123,6 +123,7 @@ class JobFolder:
         Raises InputError where another process writes it, it belongs to another job, or it holds something else.
         """
         folder = Path(folder)
+        records.load_tfds()  # before questions are under way
         with _locked(folder, notify):
             _claim(folder, fingerprint)
             job = cls(folder, name, num_rows, rows_per_shard, notify)

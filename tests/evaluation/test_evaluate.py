@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from helpers import processes
 from helpers.benchmark_files import choice, write_all, write_tsv
 from helpers.evaluated import CONFIG, asked, endpoint, evaluated_config, run, wait_for
 from helpers.quick import quick_compilation, quick_environment
@@ -13,7 +14,7 @@ from helpers.tiny_folder import build_tiny_folder
 
 from ril_jax import cli, evaluate
 from ril_jax.errors import InputError
-from ril_jax.evaluation.results import read_samples
+from ril_jax.evaluation.results import read_results, read_samples
 from ril_jax.sampling import local
 from ril_jax.sampling.engine import Engine
 
@@ -179,6 +180,25 @@ def test_shards_together_are_the_whole(data, folder, capsys):
         assert read_samples(folder / "parts" / name) == read_samples(folder / "whole" / name)
 
 
+def test_processes_of_one_run_share_the_questions(data, folder):
+    """Both started by the same command, without --shard; the first writes the scores of all, and prints them once."""
+    names = ("ai2d", "mmbench", "mmmu_pro", "mmvet")
+    with endpoint(cat) as (url, service):
+        whole = run(evaluated_config(url=url), data, folder / "whole", *names)
+        count = len(service.bodies)
+        words = [f"--config={CONFIG}:{url}", f"--data={data}", f"--output={folder / 'parts'}"]
+        command = [sys.executable, "-m", "ril_jax.evaluate", *words, f"--benchmarks={','.join(names)}"]
+        with processes.started(folder, command, 2, quick_environment()) as group:
+            assert group.wait(120) == [0, 0], group.said()
+            said = group.said()
+    assert len(service.bodies) == 2 * count
+    assert read_results(folder / "parts")["benchmarks"] == whole
+    assert sorted(path.name for path in (folder / "parts" / "ai2d").glob("answers-*")) == [
+        "answers-0-of-2.jsonl", "answers-1-of-2.jsonl",
+    ]  # fmt: skip
+    assert ["AI2D" in text for text in said] == [True, False]
+
+
 def test_answers_of_another_model_are_refused(data, folder):
     with endpoint(cat, "one") as (url, _):
         run(evaluated_config(url=url), data, folder, "ai2d")
@@ -294,6 +314,22 @@ def test_the_engine_answers_and_so_does_its_judge(data, folder, loaded, monkeypa
     assert results["mmvet"]["judge"] == "tiny"
     replies = (folder / "a" / "mmvet" / "judge-tiny-0-of-1.jsonl").read_text().splitlines()
     assert [type(json.loads(line)["text"]) for line in replies] == [str]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_with_a_model_each(data, folder, loaded, monkeypatch):
+    """A judge after it, too: with several devices in the run, each process uses its own."""
+    model, load = loaded
+    monkeypatch.setattr(local, "load_engine", load)
+    judge = {"kind": "engine", "checkpoint": str(model), "dtype": "float32", "max_tokens": 8}
+    names = ("blink", "mmvet", "mmmu")
+    whole = run(evaluated_config(model, judge=judge), data, folder / "whole", *names)
+    words = [f"--config={CONFIG}", f"--checkpoint={model}", f"--data={data}", f"--output={folder / 'parts'}"]
+    words += [f"--config.evaluate.judge.{field}={value}" for field, value in judge.items()]
+    command = [sys.executable, "-m", "ril_jax.evaluate", *words, f"--benchmarks={','.join(names)}"]
+    with processes.started(folder, command, 2, quick_environment()) as group:
+        assert group.wait(400) == [0, 0], group.said()
+    assert read_results(folder / "parts")["benchmarks"] == whole
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ import json
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import grain
 import pytest
 import tensorflow_datasets as tfds
-from helpers.generated import answers, begin, generated_config, run_here, write_questions
+from helpers import processes
+from helpers.generated import answers, begin, command, generated_config, run_here, write_questions
 from helpers.quick import quick_compilation
 
 from ril_jax import generate
@@ -138,6 +141,34 @@ def test_parts_of_many_hosts_are_the_whole(made, by_endpoint, tmp_path, capsys):
     assert together.splitlines()[1:-2] == of_whole.splitlines()[1:-2]
 
 
+@pytest.mark.slow
+def test_two_processes_of_one_run_divide_the_questions(made, by_engine, questions, tmp_path):
+    """Each with a model on its own device, and no --shard: together the parts are what one host writes."""
+    words = command(made.folder, questions, tmp_path / "out")
+    with processes.started(tmp_path, words, 2, made.environment()) as group:
+        assert group.wait(240) == [0, 0], group.said()
+    parts = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert parts == ["shard-00000-of-00002", "shard-00001-of-00002"]
+    assert {q.id: q for q in open_responses(tmp_path / "out")} == answers(by_engine)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_of_a_run_ends_all(made, questions, tmp_path):
+    """None waits for the part that is not coming, and the same command goes on."""
+    made.recorder.answer = lambda body: (429, {"error": {"message": "busy"}}) if made.recorder.answered > 4 else None
+    words = command(made.folder, questions, tmp_path / "out", f"--config.generate.base_url={made.url}")
+    with processes.started(tmp_path / "stopped", words, 2, made.environment()) as group:
+        group.until(lambda: made.recorder.answered > 4)
+        group.processes[1].send_signal(signal.SIGTERM)
+        group.until(lambda: "questions that run have" in group.said()[1])
+        made.recorder.answer = lambda body: None
+        assert group.wait(60) == [143, 143], group.said()
+        assert "error: process 1 is gone: stopped by signal 15" in group.said()[0]
+    with processes.started(tmp_path / "again", words, 2, made.environment()) as group:
+        assert group.wait(60) == [0, 0], group.said()
+    assert len(open_responses(tmp_path / "out")) == COUNT
+
+
 def test_killed_at_random_moments_a_job_asks_for_nothing_twice(made, by_endpoint, questions, tmp_path):
     """Four times SIGKILL after a random count of answers, in a process of its own, and then on to the end."""
     output, draw, kept = tmp_path / "out", random.Random(11), set()
@@ -178,6 +209,23 @@ def test_killed_with_the_engine_at_work_it_goes_on_with_the_same_responses(made,
     assert f"{COUNT} of {COUNT} rows answered, with {3 * COUNT} responses; 0 rows refused, 0 questions failed" in out
     assert re.search(rf"generate tiny +\d+/{COUNT} questions .* ETA ", out)
     assert re.search(r"cut off: [\d.]+% of responses", out)
+
+
+OPENED = """
+import sys
+from ril_jax.generation.folder import JobFolder
+with JobFolder.open(sys.argv[1], {}, name="t", num_rows=3, rows_per_shard=5, notify=print):
+    before = set(sys.modules)
+    from tensorflow_datasets import features
+    print([name for name in set(sys.modules) - before if name.startswith("tensorflow_datasets")])
+"""
+
+
+def test_tfds_is_imported_before_questions_are_under_way(tmp_path):
+    """Its import swaps Python's own for all threads, and an endpoint's client that imports meanwhile would fail."""
+    words = [sys.executable, "-c", OPENED, str(tmp_path / "out")]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_finished_job_is_left_alone_and_another_is_refused(made, by_endpoint, questions):

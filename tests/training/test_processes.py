@@ -98,18 +98,19 @@ def test_two_processes_train_to_the_numbers_of_one_through_a_kill(one, begun, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # on two cores, which other work may share
 def test_four_processes_train_to_the_numbers_of_one_and_one_or_two_go_on_from_them(one, begun, tmp_path):
     workdir = Path(shutil.copytree(begun, tmp_path / "workdir"))
     with run(tmp_path / "four", workdir, 4) as group:
-        group.until(lambda: steps_of(workdir) >= 1, 600)
+        group.until(lambda: steps_of(workdir) >= 1, 1800)
         group.processes[2].send_signal(signal.SIGTERM)
-        assert group.wait() == [143] * 4, group.said()
+        assert group.wait(900) == [143] * 4, group.said()
     saved = steps_of(workdir)
     assert (workdir / "ril" / "ril" / "checkpoints" / str(saved)).exists()
     copy = Path(shutil.copytree(workdir, tmp_path / "copy"))
     for count, folder in ((2, workdir), (1, copy)):
         with run(tmp_path / str(count), folder, count) as group:
-            assert group.wait() == [0] * count, group.said()
+            assert group.wait(900) == [0] * count, group.said()
         check_equal(folder, one)
 
 
