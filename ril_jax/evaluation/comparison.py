@@ -12,14 +12,18 @@ import numpy as np
 from ril_jax.errors import InputError
 from ril_jax.evaluation.benchmarks import BENCHMARKS
 from ril_jax.evaluation.results import Sample, read_results, read_samples
+from ril_jax.evaluation.rows import LETTERS
 from ril_jax.evaluation.statistics import bootstrap_interval
 from ril_jax.evaluation.table import aligned
+
+_WIDTH = 100  # characters of a line in the terminal's tables
 
 
 @dataclass(frozen=True)
 class Side:
-    """One folder: what it is called here, and its numbers by benchmark."""
+    """One folder: its letter in tables, what it is called where there is room, and its numbers by benchmark."""
 
+    letter: str
     label: str
     folder: Path
     numbers: dict[str, Any]
@@ -62,12 +66,14 @@ class Compared:
 
 
 def open_sides(folders: Sequence[Path]) -> list[Side]:
-    """Two or more result folders; their labels are the ends of their paths that tell them apart.
+    """Two to 26 result folders, A to Z; their labels are the ends of their paths that tell them apart.
 
-    Raises InputError where there are fewer, or one holds no results.
+    Raises InputError where there are fewer or more, or one holds no results.
     """
     if len(folders) < 2:
         raise InputError("name two result folders or more: python -m ril_jax.compare A B")
+    if len(folders) > len(LETTERS):
+        raise InputError(f"{len(folders)} folders are named; compare {len(LETTERS)} at most")
     paths = [folder.resolve() for folder in folders]
     if len(set(paths)) < len(paths):
         raise InputError("one folder is named twice; name different ones")
@@ -75,8 +81,8 @@ def open_sides(folders: Sequence[Path]) -> list[Side]:
     while len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
     return [
-        Side("/".join(path.parts[-depth:]), folder, read_results(folder)["benchmarks"])
-        for path, folder in zip(paths, folders, strict=True)
+        Side(letter, "/".join(path.parts[-depth:]), folder, read_results(folder)["benchmarks"])
+        for letter, path, folder in zip(LETTERS, paths, folders, strict=False)
     ]
 
 
@@ -137,31 +143,21 @@ def _telling(keys: Sequence[str], a: dict[str, Sample], b: dict[str, Sample]) ->
     return next((key for key in keys if a[key].score != b[key].score), keys[0])
 
 
+def averages(compared: Sequence[Compared]) -> list[float]:
+    """The mean score of each side over these benchmarks, each counting once, in percent."""
+    return [float(np.mean(scores)) for scores in zip(*(c.scores for c in compared), strict=True)]
+
+
 def terminal_text(sides: Sequence[Side], compared: Sequence[Compared], *, listed: int = 5) -> str:
-    """Scores, differences with intervals, flips and lengths, and the first flipped questions of each benchmark."""
-    first = sides[0].label
-    head = ["benchmark", "questions", *(side.label for side in sides)]
-    head += [text for side in sides[1:] for text in (f"{side.label} - {first}", "95 %", "gained", "lost")]
-    head += [f"tokens {side.label}" for side in sides]
-    rows = [head]
-    for c in compared:
-        row = [c.title, f"{c.questions:,}", *(f"{score:.1f}" for score in c.scores)]
-        for d in c.differences:
-            row += [
-                f"{d.points:+.1f}",
-                f"{d.interval[0]:+.1f} to {d.interval[1]:+.1f}",
-                f"{len(d.gained)}",
-                f"{len(d.lost)}",
-            ]
-        rows.append([*row, *(f"{np.mean(lengths):.1f}" for lengths in c.lengths)])
-    if len(compared) > 1:
-        means = [float(np.mean([c.scores[i] for c in compared])) for i in range(len(sides))]
-        row = [f"average of {len(compared)}", "", *(f"{mean:.1f}" for mean in means)]
-        for i, mean in enumerate(means[1:]):
-            row += [f"{mean - means[0]:+.1f}", "", str(sum(len(c.differences[i].gained) for c in compared))]
-            row += [str(sum(len(c.differences[i].lost) for c in compared))]
-        rows.append([*row, *("" for _ in sides)])
-    lines = aligned(rows)
+    """Scores, differences with intervals, flips and lengths, and the first flipped questions of each benchmark.
+
+    A legend tells what the letters of the columns stand for. Columns that would pass 100 characters go into a further
+    table below.
+    """
+    lines = [f"{side.letter}  {side.label}" for side in sides]
+    for table in _tables(sides, compared):
+        lines += ["", *table]
+    lines.append("")
     for c in compared:
         lines += [f"{c.title}: {note}" for note in c.notes]
         for side, d in zip(sides[1:], c.differences, strict=True):
@@ -169,5 +165,37 @@ def terminal_text(sides: Sequence[Side], compared: Sequence[Compared], *, listed
                 shown = ", ".join(flip.samples[0].key for flip in flips[:listed])
                 more = f" and {len(flips) - listed} more" if len(flips) > listed else ""
                 if flips:
-                    lines.append(f"{c.title}: {word} by {side.label}: {shown}{more}")
-    return "\n".join(line.rstrip() for line in lines)
+                    lines.append(f"{c.title}: {word} by {side.letter}: {shown}{more}")
+    return "\n".join(lines).rstrip()
+
+
+def _tables(sides: Sequence[Side], compared: Sequence[Compared]) -> list[list[str]]:
+    """The lines of each table: columns that belong together stay together, and each table names the benchmarks."""
+    means = averages(compared) if len(compared) > 1 else []
+    names = ["benchmark", *(c.title for c in compared), *([f"average of {len(compared)}"] if means else [])]
+    end = [""] if means else []
+    groups = [[["questions", *(f"{c.questions:,}" for c in compared), *end]]]
+    for i, side in enumerate(sides):
+        scores = [*(c.scores[i] for c in compared), *([means[i]] if means else [])]
+        groups.append([[side.letter, *(f"{score:.1f}" for score in scores)]])
+    for i, side in enumerate(sides[1:]):
+        told = [c.differences[i] for c in compared]
+        gained, lost = [len(d.gained) for d in told], [len(d.lost) for d in told]
+        points = [*(d.points for d in told), *([means[i + 1] - means[0]] if means else [])]
+        groups.append(
+            [
+                [f"{side.letter} - {sides[0].letter}", *(f"{value:+.1f}" for value in points)],
+                ["95 %", *(f"{d.interval[0]:+.1f} to {d.interval[1]:+.1f}" for d in told), *end],
+                ["gained", *map(str, gained), *([str(sum(gained))] if means else [])],
+                ["lost", *map(str, lost), *([str(sum(lost))] if means else [])],
+            ]
+        )
+    for i, side in enumerate(sides):
+        groups.append([[f"tokens {side.letter}", *(f"{np.mean(c.lengths[i]):.1f}" for c in compared), *end]])
+    tables, columns = [], [names]
+    for group in groups:
+        if len(columns) > 1 and sum(2 + max(map(len, column)) for column in [*columns, *group]) - 2 > _WIDTH:
+            tables.append(columns)
+            columns = [names]
+        columns = [*columns, *group]
+    return [aligned([list(row) for row in zip(*table, strict=True)]) for table in [*tables, columns]]
