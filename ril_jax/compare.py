@@ -3,8 +3,8 @@
     python -m ril_jax.compare A B [C ...] [--output=FILE.html] [--samples=N] [--data=FOLDER]
 
 Prints tables whose columns are A, B, C, ..., with a legend of the folders above, and writes a page (compare.html in the
-first folder unless --output says otherwise). Differences are those of the others to the first folder, over the questions
-that all of them answered; averages are over the benchmarks that all of them have.
+first folder unless --output says otherwise). Differences are those of the others to the first folder, over the
+questions that all of them answered; averages are over the benchmarks that all of them have.
 """
 
 from __future__ import annotations
