@@ -28,6 +28,9 @@ RULES: dict[str, str] = {
     "vision_heads": "tensor",
     "vision_ff": "tensor",
 }
+# Where `tensor` does not divide one of these (151,674 words, the 25 heads of InternViT-6B), it divides the other, which
+# a parameter with the first has too: what each device then adds up is small beside weights that all of them would hold.
+INSTEAD: dict[str, str] = {"vocab": "embed", "vision_heads": "vision_embed"}
 BATCH = ("data", "fsdp")
 _mesh: Mesh | None = None
 
@@ -67,16 +70,19 @@ def sampling_mesh(mesh: Mesh, layout: str) -> Mesh:
 
 
 def spec_of(spec: ParamSpec, mesh: Mesh) -> PartitionSpec:
-    """The partition of one parameter; an axis whose size the mesh axis does not divide is replicated."""
+    """The partition of one parameter; an axis that the mesh axis does not divide is replicated, or see `INSTEAD`."""
+    targets = {axis: (RULES[axis],) for axis in spec.axes if axis in RULES}
+    for first, other in INSTEAD.items():
+        if first in targets and spec.shape[spec.axes.index(first)] % mesh.shape["tensor"]:
+            targets |= {first: (), other: (*targets.get(other, ()), "tensor")}
     used: set[str] = set()
-    parts: list[str | None] = []
+    parts: list[Any] = []
     for size, axis in zip(spec.shape, spec.axes, strict=True):
-        target = RULES.get(axis or "")
-        if target is None or target in used or size % mesh.shape[target] or mesh.shape[target] == 1:
-            parts.append(None)
-        else:
-            parts.append(target)
-            used.add(target)
+        over = tuple(t for t in targets.get(axis or "", ()) if t not in used and mesh.shape[t] > 1)
+        while over and size % math.prod(mesh.shape[t] for t in over):
+            over = over[:-1]
+        parts.append(over[0] if len(over) == 1 else over or None)
+        used.update(over)
     while parts and parts[-1] is None:  # P('x') and P('x', None) are the same, but jit counts them as two
         parts.pop()
     return PartitionSpec(*parts)
@@ -184,6 +190,14 @@ def constrain(tree: Any, *axes: str | None) -> Any:
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*parts)))
 
     return jax.tree.map(one, tree)
+
+
+def constrain_features(x) -> Any:
+    """Inside jit: x [..., D] is whole along its last axis on every device, and lies as XLA likes along the others."""
+    if _mesh is None or _mesh.size == 1:
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(_mesh, PartitionSpec(*free, None)))
 
 
 def put(tree: Any, mesh: Mesh) -> Any:

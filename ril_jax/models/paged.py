@@ -57,6 +57,7 @@ def run_chunk(
 
     Returns: (hidden [B, C, D] after the final norm, pool).
     """
+    x = sharding.constrain_features(x)
     C = x.shape[1]
     page_size, num_pages = pool.k.shape[2], pool.k.shape[1] // text.config.num_hidden_layers
     rope = text.rope(positions, x.dtype)
@@ -80,7 +81,7 @@ def run_chunk(
             return out[..., : text.config.head_dim], written
 
         x, pool = layer(x, rope, attend)
-        return (x, pool), None
+        return (sharding.constrain_features(x), pool), None
 
     if layers is None:
         numbers = jnp.arange(text.config.num_hidden_layers)
@@ -88,7 +89,7 @@ def run_chunk(
     else:
         for number, layer in enumerate(layers):
             (x, pool), _ = body(layer, (x, pool), number)
-    return text.norm(x), pool
+    return sharding.constrain_features(text.norm(x)), pool
 
 
 def paged_attention(q, pool: PagePool, tables, at, context, *, block: int):

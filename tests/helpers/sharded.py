@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from ril_jax import sharding
 from ril_jax.data.packing import TileRung, VisionRung
+from ril_jax.models import attention, paged_writes
 from ril_jax.models.config import ModelConfig
 from ril_jax.models.hub import load_params
 from ril_jax.pretrained import make_network
@@ -105,6 +106,13 @@ def main(folder: str, sizes: str, output: str) -> None:
     out["sft/loss"] = np.asarray(metrics["loss"])
     for name, value in state.params.items():
         out[f"sft_step/{name}"] = np.asarray(value) - np.asarray(params[name])
+
+    attention.use("pallas")
+    pools = (jnp.zeros((2, 6, 8, 128)),) * 2
+    new = (jnp.asarray(rng.normal(size=(2, 1, 2, 128)), jnp.float32),) * 2
+    out["pages"] = np.asarray(
+        paged_writes.write_tokens(pools, new, jnp.asarray([[2], [5]]), jnp.asarray([[3], [7]]))[1]
+    )
     np.savez(output, **out)
 
 

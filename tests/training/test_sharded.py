@@ -19,8 +19,10 @@ def results(request, tmp_path_factory):
     from helpers import hf_internvl, hf_models
 
     folder = tmp_path_factory.mktemp(request.param)
-    make = hf_models.save_qwen2_5_vl if request.param == "qwen" else hf_internvl.save_internvl
-    make(folder / "model")
+    if request.param == "qwen":
+        hf_models.save_qwen2_5_vl(folder / "model")
+    else:  # two devices divide neither its words nor the heads of its tower
+        hf_internvl.save_internvl(folder / "model", text={"vocab_size": 301})
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
 
     def run(mesh: str) -> dict:
@@ -61,3 +63,10 @@ def test_losses_and_gradients_are_the_same_on_every_mesh(results):
             scale = max(np.abs(one[name]).max(), 1e-5)  # a key's bias has no gradient but rounding
             np.testing.assert_allclose(other[name], one[name], atol=2e-4 * scale, err_msg=f"{mesh} {name}")
     assert all(np.abs(one[name]).max() > 0 for name in compared if name.startswith("ril_step/text.layers"))
+
+
+def test_the_kernel_that_writes_to_pages_does_so_on_every_mesh(results):
+    one = results["1,1,1"]
+    for mesh, other in results.items():
+        np.testing.assert_array_equal(other["pages"], one["pages"], err_msg=mesh)
+    assert (one["pages"][:, [2, 5], [3, 7]] != 0).all()
