@@ -3,9 +3,9 @@
     python -m ril_jax.generate --config=configs/teacher_internvl78b.py --help  # what else it needs, and every field
     python -m ril_jax.serve --config=configs/teacher_internvl78b.py --help
 
-For 16 chips of 32 GB (v6e-16) or more: a chip holds 14 GB of weights and 10 GB of key-value cache. The 8 key-value
-heads take 8 chips (mesh.tensor); more of them divide the weights further (mesh.fsdp), and in particular what the heads
-cannot divide: an embedding of 151,674 rows, and a tower with 25 heads.
+For one host: 8 chips of 32 GB (v6e-8), each with 18 GiB of weights and 8.75 of key-value cache, or 4 of 95 GB (v5p-8,
+with --config.mesh.tensor=4). The 8 key-value heads take 8 chips (mesh.tensor); more of them divide the weights further
+(mesh.fsdp). What 8 do not divide, 151,674 words and the 25 heads of the tower, is divided along the embedding.
 """
 
 from ml_collections import ConfigDict

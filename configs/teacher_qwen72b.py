@@ -3,9 +3,9 @@
     python -m ril_jax.generate --config=configs/teacher_qwen72b.py --help  # what else it needs, and every field
     python -m ril_jax.serve --config=configs/teacher_qwen72b.py --help
 
-For 16 chips of 32 GB (v6e-16) or 4 of 95 GB (v5p-8, with --config.mesh.tensor=4) or more; 8 of 32 GB are too few
-(docs/tpu.md). On v6e-16 a chip holds 8.5 GiB of weights and 7.5 of key-value cache. The 8 key-value heads take 8 chips
-(mesh.tensor); more of them divide the weights further (mesh.fsdp).
+For one host: 8 chips of 32 GB (v6e-8), each with 17 GiB of weights and 7.5 of key-value cache, or 4 of 95 GB (v5p-8,
+with --config.mesh.tensor=4). The 8 key-value heads take 8 chips (mesh.tensor); more of them divide the weights further
+(mesh.fsdp).
 """
 
 from ml_collections import ConfigDict

@@ -23,8 +23,8 @@ SIGNED = [
     ("internvl1b", "v5e:2x4", "RIL update"),
     ("internvl1b", "v5p:2x2x1", "RIL update"),
     ("internvl1b", "v6e:2x4", "RIL update"),
-    ("teacher_qwen72b", "v5p:2x2x2", "decode"),
-    ("teacher_internvl78b", "v6e:4x4", "decode"),
+    ("teacher_qwen72b", "v6e:2x4", "decode"),
+    ("teacher_internvl78b", "v6e:2x4", "decode"),
 ]
 
 
