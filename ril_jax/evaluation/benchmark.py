@@ -73,9 +73,9 @@ class Benchmark:
 
 
 class MultipleChoice(Benchmark):
-    """Options with letters, asked and matched as VLMEvalKit does; without options the answer's text must be given."""
+    """Options with letters, asked as VLMEvalKit asks; without options the answer's text must be given."""
 
-    source = "VLMEvalKit, vlmeval/dataset/image_mcq.py (prompt) and utils/multiple_choice.py (matching)"
+    source = "VLMEvalKit, vlmeval/dataset/image_mcq.py (prompt); ril_jax/evaluation/options.py (matching)"
     rule = "the one option that the response names, by its letter or its text; a model matches the rest if there is one"
     judge = "may"
 

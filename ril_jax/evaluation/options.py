@@ -1,8 +1,10 @@
 """Which option a response chooses: its letter, or the text of one option. Two letters, or none, choose nothing.
 
-Strict where the field's kits guess: VLMEvalKit takes the only letter of a text wherever it stands, MMMU draws one at
-random where it finds none. Here an answer that is announced ("the answer is", a box, "答案是") counts before all else,
-then a response that is nothing but a choice, then its last line and its first. What stays open may be put to a model.
+Strict where the field's kits guess: VLMEvalKit takes the only capital that stands alone, in a text of more than four
+words if it is among the last four, so that "A spider sits there." is A; MMMU draws an option at random where it finds
+none (docs/evaluation.md compares). Here an answer that is announced ("the answer is", a box, "答案是") counts before
+all else, then a response that is nothing but a choice, then its last line and its first. What stays open may be put to
+a model.
 """
 
 from __future__ import annotations

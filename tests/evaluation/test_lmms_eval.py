@@ -2,7 +2,9 @@
 
 It wants an environment of its own (it brings torch, pandas and 150 others):
     python -m venv E && E/bin/pip install lmms-eval
-    LMMS_EVAL_PYTHON=E/bin/python python -m pytest tests/evaluation/test_lmms_eval.py
+    LMMS_EVAL_PYTHON=E/bin/python python -m pytest -m slow tests/evaluation/test_lmms_eval.py
+Beside a torch for the CPU alone, the torchvision that comes along fails to import ("operator torchvision::nms does not
+exist"); this test needs none: E/bin/pip uninstall torchvision.
 """
 
 import importlib.util

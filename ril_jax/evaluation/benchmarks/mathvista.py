@@ -15,7 +15,9 @@ class MathVista(Benchmark):
 
     name, title = "mathvista", "MathVista"
     files = (("MathVista_MINI.tsv",),)
-    source = "VLMEvalKit, vlmeval/dataset/utils/mathvista.py; MathVista, evaluation/{extract_answer,calculate_score}.py"
+    source = (
+        "VLMEvalKit, vlmeval/dataset/image_base.py (prompt); MathVista, evaluation/{extract_answer,calculate_score}.py"
+    )
     rule = (
         "the option, number, list or text that the response ends in or announces equals the answer; decimals are "
         "rounded as the question asks; a model extracts the rest if there is one"
