@@ -3,7 +3,7 @@
     python -m ril_jax.generate --config=configs/teacher_qwen72b.py --help  # what else it needs, and every field
     python -m ril_jax.serve --config=configs/teacher_qwen72b.py --help
 
-For one host: 8 chips of 32 GB (v6e-8), each with 17 GiB of weights and 7.5 of key-value cache, or 4 of 95 GB (v5p-8,
+For 8 chips of 32 GB (v6e-8, one host), each with 17 GiB of weights and 7.5 of key-value cache, or 4 of 95 GB (v5p-8,
 with --config.mesh.tensor=4). The 8 key-value heads take 8 chips (mesh.tensor); more of them divide the weights further
 (mesh.fsdp).
 """

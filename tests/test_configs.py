@@ -224,7 +224,7 @@ def test_discriminator_has_the_students_decoder_and_a_head_for_one_number(stem):
 
 @pytest.mark.parametrize(
     ("stem", "chips", "memory"),
-    [("teacher_qwen72b", 16, 32e9), ("teacher_internvl78b", 16, 32e9), ("judge_qwen32b", 8, 16e9)],
+    [("teacher_qwen72b", 8, 32e9), ("teacher_internvl78b", 8, 32e9), ("judge_qwen32b", 8, 16e9)],
 )
 def test_served_models_fit_the_chips_that_their_configs_name(stem, chips, memory):
     """Weights and key-value cache of a chip on the config's mesh, with a tenth of the memory left for the work."""

@@ -70,23 +70,34 @@ def check_equal(workdir: Path, one: Path) -> None:
     assert json.loads((workdir / "summary.json").read_text()) == json.loads((one / "summary.json").read_text())
 
 
-def steps_of(workdir: Path) -> int:
+def rows_of(workdir: Path) -> list[dict]:
+    """The metrics of the RIL stage's steps, with the time that each took."""
     file = workdir / "metrics" / "ril" / "ril.jsonl"
-    return len(read_metrics(file)) if file.exists() else 0
+    return read_metrics(file) if file.exists() else []
+
+
+def steps_of(workdir: Path) -> int:
+    return len(rows_of(workdir))
+
+
+def saved_of(workdir: Path) -> int:
+    """The last step of the RIL stage of which a checkpoint is complete, 0 for none."""
+    folder = workdir / "ril" / "ril" / "checkpoints"
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
 
 
 def test_two_processes_train_to_the_numbers_of_one_through_a_kill(one, begun, tmp_path):
     """One is killed in the RIL stage: the other ends within a minute, by a line; started again they go on."""
     workdir = Path(shutil.copytree(begun, tmp_path / "workdir"))
     with run(tmp_path / "first", workdir, 2) as group:
-        group.until(lambda: steps_of(workdir) >= 1)
+        group.until(lambda: saved_of(workdir) >= 1)
         group.processes[1].kill()
         killed = time.monotonic()
         assert group.processes[0].wait(timeout=60) not in (0, 2)
         print(f"the other ended {time.monotonic() - killed:.1f} s later")
         assert "process 1 is gone: no sign of life" in group.said()[0]
-    before = steps_of(workdir)
-    assert 1 <= before < CHANGES["ril.steps"]
+    assert steps_of(workdir) < CHANGES["ril.steps"]
+    before = rows_of(workdir)[: saved_of(workdir)]
     with run(tmp_path / "second", workdir, 2) as group:
         assert group.wait() == [0, 0], group.said()
         first, second = group.said()
@@ -94,6 +105,7 @@ def test_two_processes_train_to_the_numbers_of_one_through_a_kill(one, begun, tm
         assert "RECOMPILED" not in first + second
         assert "held-out accuracy" in first
         assert "held-out accuracy" not in second
+    assert rows_of(workdir)[: len(before)] == before  # to the second: what the checkpoint holds is not done again
     check_equal(workdir, one)
 
 
@@ -105,12 +117,13 @@ def test_four_processes_train_to_the_numbers_of_one_and_one_or_two_go_on_from_th
         group.until(lambda: steps_of(workdir) >= 1, 1800)
         group.processes[2].send_signal(signal.SIGTERM)
         assert group.wait(900) == [143] * 4, group.said()
-    saved = steps_of(workdir)
-    assert (workdir / "ril" / "ril" / "checkpoints" / str(saved)).exists()
+    assert saved_of(workdir) == steps_of(workdir) < CHANGES["ril.steps"]
+    before = rows_of(workdir)
     copy = Path(shutil.copytree(workdir, tmp_path / "copy"))
     for count, folder in ((2, workdir), (1, copy)):
         with run(tmp_path / str(count), folder, count) as group:
             assert group.wait(900) == [0] * count, group.said()
+        assert rows_of(folder)[: len(before)] == before
         check_equal(folder, one)
 
 
