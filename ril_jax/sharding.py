@@ -71,7 +71,7 @@ def sampling_mesh(mesh: Mesh, layout: str) -> Mesh:
 
 def spec_of(spec: ParamSpec, mesh: Mesh) -> PartitionSpec:
     """The partition of one parameter; an axis that the mesh axis does not divide is replicated, or see `INSTEAD`."""
-    targets = {axis: (RULES[axis],) for axis in spec.axes if axis in RULES}
+    targets: dict[str, tuple[str, ...]] = {axis: (RULES[axis],) for axis in spec.axes if axis in RULES}
     for first, other in INSTEAD.items():
         if first in targets and spec.shape[spec.axes.index(first)] % mesh.shape["tensor"]:
             targets |= {first: (), other: (*targets.get(other, ()), "tensor")}

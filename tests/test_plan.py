@@ -17,10 +17,11 @@ from ril_jax.models import attention, paged
 from ril_jax.models.config import ModelConfig
 from ril_jax.planning.arguments import chip_bytes, model_config
 from ril_jax.planning.chips import CHIPS, Topology
-from ril_jax.planning.compiling import Compiled, Program, compile_program
+from ril_jax.planning.compiling import Compiled, Program, compile_program, low_effort
 from ril_jax.planning.costs import flops
 from ril_jax.planning.serving import ServingPlan
 from ril_jax.planning.training import TrainingPlan
+from ril_jax.sampling.logits import SamplingParams, filter_logits
 from ril_jax.training.batches import micro_rows
 
 pytest.importorskip("libtpu")
@@ -243,6 +244,17 @@ def test_the_paged_kernel_compiles_over_a_mesh(heads, kv_heads, width):
     at = jax.ShapeDtypeStruct((8, 1), jnp.int32, sharding=where())
     decode = jax.jit(functools.partial(paged.paged_attention, block=256))
     assert compile_program(Program("decode", "", decode, (q, pool, table, at, one)), topology).fits
+
+
+def test_top_k_does_not_sort_the_vocabulary():
+    mesh = Topology.parse("v5e:2x2").mesh(data=1, fsdp=2, tensor=2)
+    logits = jax.ShapeDtypeStruct(
+        (4, 4, 20_000), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
+    )
+    filtered = jax.jit(lambda x: filter_logits(x, None, SamplingParams(top_k=50, top_p=0.95)))
+    text = filtered.trace(logits).lower(lowering_platforms=("tpu",)).compile(low_effort()).as_text()
+    assert 'custom_call_target="TopK"' in text
+    assert not [line for line in text.splitlines() if " sort(" in line and ("20000" in line or "10000" in line)]
 
 
 def test_what_does_not_fit_is_told_in_the_compilers_words():

@@ -54,7 +54,9 @@ def filter_logits(logits, seen, params: SamplingParams):
     limited = 0 < params.top_k < vocab
     if not limited and params.top_p >= 1.0:
         return logits, None
-    logits, order = jax.lax.top_k(logits, params.top_k if limited else vocab)
+    # As a matrix: of three axes the compiler for TPUs sorts the whole vocabulary, for every token.
+    found = jax.lax.top_k(logits.reshape(-1, vocab), params.top_k if limited else vocab)
+    logits, order = (a.reshape(*logits.shape[:-1], -1) for a in found)
     if params.top_p < 1.0:
         # Sorted from the top: a token stays if less than top_p of the mass lies above it, so one always stays.
         probs = jax.nn.softmax(logits, axis=-1)
