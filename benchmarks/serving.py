@@ -304,7 +304,7 @@ def ask_for_eight(url: str, asked: Question, *, together: bool) -> tuple[float, 
     asyncio.run(ask())
     seconds = time.perf_counter() - started
     after = metrics(url)
-    return seconds, {name: after[name] - before[name] for name in after}
+    return seconds, {name: after[name] - before.get(name, 0) for name in after}
 
 
 def metrics(url: str) -> dict[str, float]:
