@@ -23,7 +23,7 @@ demo: $(VENV)/.installed ## set up, then train the embedded default into WORKDIR
 	$(RUN) -m ril_jax.train --config=configs/tiny.py --workdir=$(WORKDIR) $(FLAGS)
 
 test: lint ## set up, then check format, lint, types and run all tests
-	$(RUN) -m pytest $(FLAGS)
+	$(RUN) -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(FLAGS)
 
 lint: $(VENV)/.installed-dev ## set up, then check format, lint and types
 	$(RUN) -m ruff format --check .
