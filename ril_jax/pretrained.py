@@ -54,6 +54,8 @@ class Pretrained:
 
     def with_config(self, config: ModelConfig) -> "Pretrained":
         """The same folder read as a network of another config, for parameters that are made to fit it."""
+        if config == self.config:
+            return self
         return dataclasses.replace(self, config=config, network=make_network(config))
 
     def load_params(

@@ -5,6 +5,8 @@ every platform, the reference), or JAX's Pallas kernels for TPUs (`attention_pal
 stands in `paged.py` and asks `backend` too.
 """
 
+import contextlib
+from collections.abc import Iterator
 from types import ModuleType
 
 import jax
@@ -48,6 +50,18 @@ def backend() -> str:
         known = sharding.mesh_in_use() is not None or jax.device_count() == 1
         return "pallas" if platform == "tpu" and known else "xla"
     return _chosen
+
+
+@contextlib.contextmanager
+def kernels() -> Iterator[None]:
+    """Around calls of JAX's kernels for TPUs: they are interpreted where the mesh's platform is another."""
+    if sharding.platform() == "tpu":
+        yield
+        return
+    from jax.experimental.pallas import tpu as pltpu  # loaded where it is used
+
+    with pltpu.force_tpu_interpret_mode():
+        yield
 
 
 def group_attention(q, k, v, valid, *, prompt_len: int, num_responses: int):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from ril_jax.models import attention
 from ril_jax.models.config import ModelConfig
 from ril_jax.models.parameters import Params
 
@@ -27,6 +28,11 @@ def whole_lanes(config: ModelConfig, tensor: int) -> ModelConfig:
         return config
     share = -(-width // tensor // LANES) * LANES
     return dataclasses.replace(config, text=dataclasses.replace(config.text, intermediate_size=share * tensor))
+
+
+def as_served(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The config of the network that the engine runs on a mesh: `whole_lanes` where the kernels for TPUs are used."""
+    return whole_lanes(config, mesh.shape["tensor"]) if attention.backend() == "pallas" else config
 
 
 def pad_feed_forward(params: Params, config: ModelConfig, mesh: Mesh) -> Params:

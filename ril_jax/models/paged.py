@@ -5,7 +5,6 @@ order, so rows may share pages; layer l keeps page p at l * num_pages + p, so th
 pool. Page 0 takes what rows that are idle write.
 """
 
-import contextlib
 import functools
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from ril_jax import sharding
 from ril_jax.models import attention
 from ril_jax.models.config import TextConfig
 from ril_jax.models.layers import scan_layers
-from ril_jax.models.paged_writes import write_tokens, write_units
+from ril_jax.models.paged_writes import write
 from ril_jax.models.qwen2 import Qwen2
 
 _MASKED = -1e30
@@ -53,7 +52,8 @@ def run_chunk(
       layers: the layers one by one (`layers.unstack`), instead of a scan over them.
       block: tokens that plain attention reads at a time (a multiple of the page size); results do not depend on how
         much other rows hold. Single tokens (C = 1) go through the TPU's paged kernel where that is the backend.
-      unit: tokens that are written at a time: divides C, the page size and every `start`.
+      unit: tokens that are written at a time: divides C, the page size and every `start`. What is beyond `length` in
+        a row's last one is overwritten too.
 
     Returns: (hidden [B, C, D] after the final norm, pool).
     """
@@ -73,10 +73,7 @@ def run_chunk(
 
         def attend(q, k, v):
             q, k, v = (_widened(a, pool.k.shape[-1]) for a in (q, k, v))
-            if unit > 1:
-                written = PagePool(*write_units(pool, (k, v), tables, base, start, length, unit=unit))
-            else:
-                written = PagePool(*write_tokens(pool, (k, v), base + page, offset))
+            written = PagePool(*write(pool, (k, v), base + page, offset, unit=unit))
             out = paged_attention(q * text.config.head_dim**-0.5, written, base + tables, at, context, block=block)
             return out[..., : text.config.head_dim], written
 
@@ -216,12 +213,10 @@ def _kernel_attention(q, pool: PagePool, tables, context):
 
 
 def _kernel(q, k, v, rows, *, pages: int):
-    from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention as kernel
 
     tables, context = rows
-    how = contextlib.nullcontext() if sharding.platform() == "tpu" else pltpu.force_tpu_interpret_mode()
-    with how:
+    with attention.kernels():
         return kernel(q, k, v, context, tables, pages_per_compute_block=pages)
 
 

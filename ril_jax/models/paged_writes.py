@@ -5,7 +5,6 @@ the whole pool to another layout and back, in every layer of every step. So prom
 tokens, and a decoded token by a kernel that reads its tile, puts the token in, and writes the tile back.
 """
 
-import contextlib
 import functools
 
 import jax
@@ -16,43 +15,26 @@ from ril_jax import sharding
 from ril_jax.models import attention
 
 
-def write_units(pools, new, tables, base, start, length, *, unit: int):
-    """Chunks of prompts, `unit` tokens at a time; what is beyond a chunk's length in its last unit is overwritten too.
+def write(pools, new, page, offset, *, unit: int = 1):
+    """New keys and values to their places.
 
     Args:
-      pools: arrays [K, P, page, W]. new: as many [B, C, K, W]. tables: [B, M] pages of each row's text.
-      base: [] what to add to a page's number. start: [B], a multiple of `unit`. length: [B] tokens that are real; units
-        without one go to page `base`. unit: divides C and the page size.
-    """
-    K, P, page, W = pools[0].shape
-    C = new[0].shape[1]
-    per_page = page // unit
-    number = start[:, None] // unit + jnp.arange(C // unit)
-    own = jnp.take_along_axis(tables, jnp.minimum(number // per_page, tables.shape[1] - 1), axis=1)
-    real = jnp.arange(0, C, unit) < length[:, None]
-    index = base * per_page + jnp.where(real, own * per_page + number % per_page, 0)
-
-    def put(pool, a):
-        a = jnp.moveaxis(a.astype(pool.dtype).reshape(-1, unit, K, W), 2, 0)
-        return pool.reshape(K, P * per_page, unit, W).at[:, index.reshape(-1)].set(a).reshape(pool.shape)
-
-    return tuple(put(pool, a) for pool, a in zip(pools, new, strict=True))
-
-
-def write_tokens(pools, new, page, offset):
-    """Single tokens, each to its place in its page.
-
-    Args:
-      pools: arrays [K, P, page, W]. new: as many [B, C, K, W]. page, offset: [B, C]. Places that several rows name (of
-        the page that idle rows write) end with any one's token.
+      pools: arrays [K, P, page, W]. new: as many [B, C, K, W]. page, offset: [B, C], of each token. Places that several
+        rows name (of the page that idle rows write) end with any one's token.
+      unit: tokens that are written at a time. It divides C and the page size, and each run of so many tokens of a row
+        begins at a multiple of it in one page; the places of the first one count, and the others follow.
     """
     size = _tile(pools[0].dtype)
     if attention.backend() == "pallas" and new[0].shape[1] == 1 and pools[0].shape[2] % size == 0:
         return _by_tiles(pools, [a[:, 0] for a in new], page[:, 0], offset[:, 0], size)
-    return tuple(
-        pool.at[:, page, offset].set(jnp.moveaxis(a, 2, 0).astype(pool.dtype))
-        for pool, a in zip(pools, new, strict=True)
-    )
+    K, P, tokens, W = pools[0].shape
+    index = (page[:, ::unit] * (tokens // unit) + offset[:, ::unit] // unit).reshape(-1)
+
+    def put(pool, a):
+        a = jnp.moveaxis(a.astype(pool.dtype).reshape(-1, unit, K, W), 2, 0)
+        return pool.reshape(K, P * tokens // unit, unit, W).at[:, index].set(a).reshape(pool.shape)
+
+    return tuple(put(pool, a) for pool, a in zip(pools, new, strict=True))
 
 
 def _tile(dtype) -> int:
@@ -61,7 +43,7 @@ def _tile(dtype) -> int:
 
 
 def _by_tiles(pools, new, page, offset, size: int):
-    """`write_tokens` of [B, K, W] by the kernel, each device its own key-value heads."""
+    """`write` of single tokens, [B, K, W], by the kernel, each device its own key-value heads."""
     mesh = sharding.mesh_in_use()
     local = functools.partial(_put_rows, size=size)
     if mesh is None or mesh.size == 1:
@@ -92,8 +74,7 @@ def _put_rows(pools, new, page, offset, *, size: int):
 
     tile = pl.BlockSpec((K, 1, size, W), lambda b, which, row: (0, which[b], 0, 0))
     token = pl.BlockSpec((1, K, W), lambda b, which, row: (b, 0, 0))
-    how = contextlib.nullcontext() if sharding.platform() == "tpu" else pltpu.force_tpu_interpret_mode()
-    with how:
+    with attention.kernels():
         out = pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(

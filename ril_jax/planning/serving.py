@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from ril_jax import sharding
 from ril_jax.models import attention
-from ril_jax.models.lanes import whole_lanes
+from ril_jax.models.lanes import as_served
 from ril_jax.planning.arguments import model_config
 from ril_jax.planning.chips import Topology
 from ril_jax.planning.compiling import Program
@@ -19,9 +19,7 @@ class ServingPlan:
         self.topology = topology
         sharding.use(mesh)
         attention.use(config.attention)
-        model = model_config(config.checkpoint)
-        if attention.backend() == "pallas":
-            model = whole_lanes(model, mesh.shape["tensor"])
+        model = as_served(model_config(config.checkpoint), mesh)
         self.engine = EnginePlan(model, config.dtype, config.engine, mesh)
 
     def all(self) -> list[Program]:

@@ -336,9 +336,9 @@ class Engine:
             self._features.clear()
             held = self._hold_images(first, first.done_tokens, tokens)
             assert held, "the images of one chunk are more than the feature store holds"
-        pieces: list[tuple[Job, int]] = []  # of each row: whose, and where it starts
+        pieces = [(first, first.done_tokens)]  # of each row: whose, and where it starts
         for job in self._prefilling:
-            at = job.done_tokens
+            at = job.done_tokens + (tokens if job is first else 0)
             while (
                 len(pieces) < rows and at < job.length and job.scoring == first.scoring
                 and self._bucket(job, at) == bucket and self._hold_images(job, at, tokens)

@@ -13,7 +13,7 @@ from ril_jax.compilation import CompileCounter
 from ril_jax.data.chat import ChatTokenizer
 from ril_jax.errors import InputError
 from ril_jax.models import attention
-from ril_jax.models.lanes import pad_feed_forward, whole_lanes
+from ril_jax.models.lanes import as_served, pad_feed_forward
 from ril_jax.models.parameters import Params
 from ril_jax.pretrained import Pretrained
 from ril_jax.sampling.engine import Engine
@@ -103,11 +103,9 @@ def load_engine(
     sharding.use(mesh)
     attention.use(config.attention)
     params = model.load_params(mesh, dtype=jnp.dtype(config.dtype), progress=loading)
-    wide = model
-    if attention.backend() == "pallas":
-        wide = model.with_config(whole_lanes(model.config, mesh.shape["tensor"]))
-        params = pad_feed_forward(params, wide.config, mesh)
-    engine = make_engine(wide, params, config.engine, mesh, dtype=config.dtype)
+    served = model.with_config(as_served(model.config, mesh))
+    params = pad_feed_forward(params, served.config, mesh)
+    engine = make_engine(served, params, config.engine, mesh, dtype=config.dtype)
     engine.warm_up(progress)
     return model, engine
 

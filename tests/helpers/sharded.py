@@ -110,9 +110,7 @@ def main(folder: str, sizes: str, output: str) -> None:
     attention.use("pallas")
     pools = (jnp.zeros((2, 6, 8, 128)),) * 2
     new = (jnp.asarray(rng.normal(size=(2, 1, 2, 128)), jnp.float32),) * 2
-    out["pages"] = np.asarray(
-        paged_writes.write_tokens(pools, new, jnp.asarray([[2], [5]]), jnp.asarray([[3], [7]]))[1]
-    )
+    out["pages"] = np.asarray(paged_writes.write(pools, new, jnp.asarray([[2], [5]]), jnp.asarray([[3], [7]]))[1])
     np.savez(output, **out)
 
 

@@ -29,7 +29,7 @@ def test_single_tokens_go_to_their_places(dtype, backend):
     new = [jnp.asarray(np.random.default_rng(1).normal(size=(5, 1, K, W)), dtype) for _ in range(2)]
     page, offset = np.array([[3], [7], [3], [11], [1]]), np.array([[0], [31], [17], [8], [15]])  # two tiles of page 3
     attention.use(backend)
-    after = paged_writes.write_tokens(before, new, jnp.asarray(page), jnp.asarray(offset))
+    after = paged_writes.write(before, new, jnp.asarray(page), jnp.asarray(offset))
     for got, want in zip(after, expected(before, new, page, offset), strict=True):
         np.testing.assert_array_equal(np.asarray(got, np.float32), want)
 
@@ -39,7 +39,7 @@ def test_idle_rows_of_the_kernel_disturb_no_page_but_the_first():
     new = [jnp.ones((4, 1, K, W), jnp.bfloat16)] * 2
     page, offset = jnp.asarray([[0], [5], [0], [0]]), jnp.asarray([[0], [20], [0], [0]])
     attention.use("pallas")
-    for got, old in zip(paged_writes.write_tokens(before, new, page, offset), before, strict=True):
+    for got, old in zip(paged_writes.write(before, new, page, offset), before, strict=True):
         assert (np.asarray(got[:, 5, 20]) == 1).all()
         same = np.array(got[:, 1:] == old[:, 1:])
         same[:, 4, 20] = True
@@ -53,13 +53,12 @@ def test_units_of_a_chunk_go_to_the_pages_of_their_row(unit):
     new = [jnp.asarray(np.random.default_rng(2).normal(size=(4, 64, K, W)), jnp.float32) for _ in range(2)]
     tables = np.array([[2, 9, 4], [1, 3, 0], [8, 5, 10], [6, 7, 11]])
     start, length = np.array([32, 0, 32 if unit == 32 else 16, 0]), np.array([64, 35, 64, 0])
-    after = paged_writes.write_units(
-        before, new, jnp.asarray(tables), jnp.int32(0), jnp.asarray(start), jnp.asarray(length), unit=unit
-    )
     at = start[:, None] + np.arange(64)
     real = np.arange(64) < length[:, None]
     page = np.take_along_axis(tables, np.minimum(at // PAGE, 2), axis=1)
-    want = expected(before, [a[:3] for a in new], *(np.where(real, x, 0)[:3] for x in (page, at % PAGE)))
+    page, offset = (np.where(real, x, 0) for x in (page, at % PAGE))
+    after = paged_writes.write(before, new, jnp.asarray(page), jnp.asarray(offset), unit=unit)
+    want = expected(before, [a[:3] for a in new], page[:3], offset[:3])
     for got, expect in zip(after, want, strict=True):
         got = np.array(got)
         rest = -(-35 // unit) * unit - 35  # of the last unit of the second row, behind its last token
