@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ril_jax import config as config_lib
 from ril_jax import sharding
 from ril_jax.errors import InputError
-from ril_jax.models import attention, paged
+from ril_jax.models import attention, paged, paged_writes
 from ril_jax.models.config import ModelConfig
 from ril_jax.planning.arguments import chip_bytes, model_config
 from ril_jax.planning.chips import CHIPS, Topology
@@ -244,6 +244,37 @@ def test_the_paged_kernel_compiles_over_a_mesh(heads, kv_heads, width):
     at = jax.ShapeDtypeStruct((8, 1), jnp.int32, sharding=where())
     decode = jax.jit(functools.partial(paged.paged_attention, block=256))
     assert compile_program(Program("decode", "", decode, (q, pool, table, at, one)), topology).fits
+
+
+@pytest.mark.parametrize(("tokens", "unit"), [(1, 1), (128, 64)], ids=["decode", "prefill"])
+def test_pages_are_written_where_they_lie(tokens, unit):
+    """Around a write and what reads it, of two heads a chip, the compiler keeps no second pool in another layout."""
+    mesh = Topology.parse("v5e:2x2").mesh(data=1, fsdp=2, tensor=2)
+    sharding.use(mesh)
+    where = lambda *parts: NamedSharding(mesh, PartitionSpec(*parts))  # noqa: E731
+    heads = jax.ShapeDtypeStruct((8, tokens, 4, 128), jnp.bfloat16, sharding=where(None, None, "tensor"))
+    queries = jax.ShapeDtypeStruct((8, tokens, 16, 128), jnp.bfloat16, sharding=where(None, None, "tensor"))
+    pool = paged.PagePool(
+        *[jax.ShapeDtypeStruct((4, 4096, 64, 128), jnp.bfloat16, sharding=where("tensor"))] * 2
+    )  # fmt: skip
+    table, place, context = (
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=where()) for shape in ((8, 16), (8, tokens), (8,))
+    )
+
+    def layers(q, k, pool, table, place, context):
+        def layer(_, carry):
+            q, pool = carry
+            written = paged.PagePool(*paged_writes.write(pool, (k, k), place // 64, place % 64, unit=unit))
+            return paged.paged_attention(q, written, table, place, context, block=256), written
+
+        return jax.lax.fori_loop(0, 3, layer, (q, pool))
+
+    compiled = (
+        jax.jit(layers, donate_argnums=2)
+        .trace(queries, heads, pool, table, place, context)
+        .lower(lowering_platforms=("tpu",)).compile(low_effort())
+    )  # fmt: skip
+    assert compiled.memory_analysis().temp_size_in_bytes < chip_bytes(pool) / 2
 
 
 def test_top_k_does_not_sort_the_vocabulary():
