@@ -29,7 +29,9 @@ from ril_jax.errors import InputError
 TPU_PORT = 8482  # of the coordinator on TPU hosts; libtpu itself takes 8080, 8431 and 8471 to 8479
 START_TIMEOUT = 600  # seconds until every process must be there: pods and hosts come up minutes apart
 HEARTBEAT_TIMEOUT = 20  # seconds without a sign of life after which a process counts as dead, and ends the others
-_ROOM = 15  # seconds more until JAX says the same, which takes it many lines
+# JAX says the same, in many lines: after a silence of its own time-out. Its processes give a sign of life twice in that
+# time, so half of it may be over when one is killed; what is left has to be longer than ours.
+_JAX_TIMEOUT = 2 * HEARTBEAT_TIMEOUT + 15
 
 Metadata = Callable[[str], str | None]
 
@@ -45,9 +47,7 @@ class Cluster:
     local_devices: tuple[int, ...] | None = None  # GPUs of this process, where several share a machine
 
 
-def initialize(
-    args: SimpleNamespace, *, start_timeout: float = START_TIMEOUT, heartbeat_timeout: int = HEARTBEAT_TIMEOUT
-) -> None:
+def initialize(args: SimpleNamespace, *, start_timeout: float = START_TIMEOUT) -> None:
     """Join the run's other processes, if there are any; call it before anything asks JAX for a device.
 
     args: the parsed flags `coordinator`, `num_processes`, `process_id`, each None where it is not given. Raises
@@ -84,10 +84,10 @@ def initialize(
             local_device_ids=cluster.local_devices,
             cluster_detection_method="deactivate",
             initialization_timeout=int(start_timeout) + 60,  # beyond ours, since it ends with a stack trace
-            heartbeat_timeout_seconds=heartbeat_timeout + _ROOM,
+            heartbeat_timeout_seconds=_JAX_TIMEOUT,
             shutdown_timeout_seconds=3600,  # process 0 may still be writing a model when the others are done
         )
-    processes.Watch(heartbeat_timeout).start()
+    processes.Watch(HEARTBEAT_TIMEOUT).start()
 
 
 def joined() -> bool:
