@@ -36,6 +36,13 @@ def mesh_and_backend_end_with_the_test():
     attention.use(backend)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files come first: two are run at a time, and at the end short ones keep both processes at work."""
+    tests = Path(__file__).parent
+    longest = [tests / "training", tests, tests / "sampling"]
+    items.sort(key=lambda item: longest.index(item.path.parent) if item.path.parent in longest else len(longest))
+
+
 # --- memory ---
 
 
