@@ -20,8 +20,9 @@ def main(args: SimpleNamespace) -> int:
     from ril_jax.files import write_atomically
     from ril_jax.report import terminal_summary, write_report
     from ril_jax.training import overview
-    from ril_jax.training.checkpoints import StopSignal, claim_folder
     from ril_jax.training.run import Run
+    from ril_jax.training.stopping import StopSignal
+    from ril_jax.training.workdir import claim_folder
 
     started = time.monotonic()
     config, workdir = args.config, args.workdir

@@ -172,7 +172,7 @@ def main(args):
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from ril_jax.training.checkpoints import StopSignal
+    from ril_jax.training.stopping import StopSignal
 
     with StopSignal() as stop:
         mesh = Mesh(np.asarray(jax.devices()), "x")

@@ -1,9 +1,7 @@
-"""Checkpoints of a run: saved asynchronously and atomically, verified when read, and what surrounds them.
+"""Checkpoints of a run: saved asynchronously and atomically, verified when read.
 
 `Checkpointer` keeps the arrays (parameters, optimiser states, PRNG keys) and the host state (data iterator, counters,
 teacher-draw state) of one stage together, so that a run killed at any moment goes on as if it had not been.
-`claim_folder` refuses a folder of another config, `StopSignal` turns SIGTERM and Ctrl-C into "save, then leave", and
-`save_failed_batch` keeps the batch that made the loss NaN.
 """
 
 from __future__ import annotations
@@ -14,12 +12,9 @@ import json
 import logging
 import os
 import shutil
-import signal
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +23,9 @@ import orbax.checkpoint as ocp
 
 from ril_jax import processes
 from ril_jax.errors import InputError
-from ril_jax.files import differing_fields, write_atomically
+from ril_jax.files import write_atomically
+from ril_jax.training import disk
+from ril_jax.training.workdir import claim_folder
 
 logger = logging.getLogger("ril_jax.checkpoints")
 
@@ -69,7 +66,7 @@ class Checkpointer:
         if fingerprint is not None:
             claim_folder(self.folder, fingerprint, allow_change=allow_config_change)
         self._in_flight: int | None = None
-        self._quiet = _NoTracebackOfStorage()
+        self._quiet = disk.NoTracebacks()
         logging.getLogger("absl").addFilter(self._quiet)
         with self._clear_errors("opening"):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +200,7 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            reason = _storage_reason(error)
+            reason = disk.reason(error)
             if reason is None:
                 raise
             good = "no complete checkpoint is there yet"
@@ -261,7 +258,7 @@ class Checkpointer:
         wanted = {}
         empty = {}
         for path, leaf in leaves:
-            name = _name(path)
+            name = leaf_name(path)
             shape, dtype = record["arrays"][name]["shape"], record["arrays"][name]["stored"]
             if 0 in shape:
                 empty[name] = jax.numpy.zeros(shape, dtype, device=leaf.sharding)
@@ -277,7 +274,7 @@ class Checkpointer:
             flat |= self._manager.restore(step, args=ocp.args.Composite(arrays=arguments))["arrays"]
         arrays = []
         for path, _ in leaves:
-            name = _name(path)
+            name = leaf_name(path)
             implementation = record["arrays"][name]["key"]
             x = flat[name]
             arrays.append(jax.random.wrap_key_data(x, impl=implementation) if implementation else x)
@@ -296,11 +293,13 @@ class Checkpointer:
 # --- arrays and host state -------------------------------------------------------------------------------------------
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """What a leaf at this path of a pytree is called: "text/layers/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/") or "array"
 
 
-def _is_key(x: Any) -> bool:
+def is_key(x: Any) -> bool:
+    """Whether an array, or its shape, is one of typed PRNG keys."""
     return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
@@ -308,17 +307,17 @@ def _flatten(arrays: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """Name every leaf, unwrap PRNG keys, and describe all; orbax gets no empty arrays, which it refuses."""
     flat, described = {}, {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
-        name = _name(path)
+        name = leaf_name(path)
         if not isinstance(leaf, jax.Array):
             raise TypeError(f"checkpoint arrays: {name} is {type(leaf).__name__}, not a jax.Array; put it into host")
         if name in described:
             raise ValueError(f"checkpoint arrays: two leaves are called {name}")
-        data = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        data = jax.random.key_data(leaf) if is_key(leaf) else leaf
         described[name] = {
             "shape": list(data.shape),
             "dtype": str(leaf.dtype),
             "stored": str(data.dtype),
-            "key": str(jax.random.key_impl(leaf)) if _is_key(leaf) else None,
+            "key": str(jax.random.key_impl(leaf)) if is_key(leaf) else None,
         }
         if data.size:
             flat[name] = data
@@ -328,14 +327,14 @@ def _flatten(arrays: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
 
 
 def _differences(saved: Mapping[str, Any], abstract_arrays: Any, partial: bool) -> list[str]:
-    wanted = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_arrays)[0]}
+    wanted = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(abstract_arrays)[0]}
     problems = [f"it lacks {name}" for name in wanted if name not in saved]
     if not partial:
         problems += [f"it holds {name}, which is unknown here" for name in saved if name not in wanted]
     for name, leaf in wanted.items():
         if name not in saved:
             continue
-        shape = list(jax.eval_shape(jax.random.key_data, leaf).shape if _is_key(leaf) else leaf.shape)
+        shape = list(jax.eval_shape(jax.random.key_data, leaf).shape if is_key(leaf) else leaf.shape)
         if saved[name]["shape"] != shape or saved[name]["dtype"] != str(leaf.dtype):
             there = f"{saved[name]['dtype']}{saved[name]['shape']}"
             problems.append(f"{name} is {there} there and {leaf.dtype}{shape} here")
@@ -398,171 +397,3 @@ def _crc(path: Path) -> int:
 
 def _mebibytes(count: float) -> str:
     return f"{count / 2**20:,.0f} MiB"
-
-
-_STORAGE_ERRNOS = {
-    errno.ENOSPC: "no space left on the device",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "a file is larger than allowed here",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
-    errno.EEXIST: "a file stands where the folder should be",
-    errno.EIO: "the device reports an input/output error",
-}
-_STORAGE_WORDS = {
-    "no space left": errno.ENOSPC,
-    "disk quota": errno.EDQUOT,
-    "file too large": errno.EFBIG,
-    "read-only file system": errno.EROFS,
-    "permission denied": errno.EACCES,
-}
-
-
-class _NoTracebackOfStorage(logging.Filter):
-    """Holds back what orbax's threads log of a full disk, four tracebacks long: save() or wait() say it in one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        return error is None or "orbax" not in record.pathname or _storage_reason(error) is None
-
-
-def _storage_reason(error: BaseException | None) -> str | None:
-    """Plain words if this error, or one behind it, is the disk's; tensorstore gives only text."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
-            detail = f" ({error.strerror})" if error.errno == errno.ENOSPC and "needed" in str(error.strerror) else ""
-            return _STORAGE_ERRNOS[error.errno] + detail
-        for words, number in _STORAGE_WORDS.items():
-            if words in str(error).lower():
-                return _STORAGE_ERRNOS[number]
-        error = error.__cause__ or error.__context__
-    return None
-
-
-# --- a folder belongs to one config ----------------------------------------------------------------------------------
-
-
-def claim_folder(folder: str | os.PathLike[str], fingerprint: Mapping[str, Any], *, allow_change: bool = False) -> None:
-    """Write `fingerprint` (config fields that define a run) to folder/config.json, or compare it with that file.
-
-    Raises InputError listing the fields that differ; with `allow_change` they are logged, the old file is kept as
-    config.N.json and the new one takes its place.
-    """
-    folder = Path(folder).absolute()
-    path = folder / "config.json"
-    ours = json.loads(json.dumps(fingerprint, default=str))
-    if not processes.is_first():
-        return
-    if path.exists():
-        try:
-            theirs = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(
-                f"{path} is not valid JSON ({error}); choose another --workdir or delete the file"
-            ) from error
-        differing = differing_fields(theirs, ours)
-        if not differing:
-            return
-        if not allow_change:
-            raise InputError(
-                f"{folder} belongs to a run of another config: {'; '.join(differing)}; choose another --workdir, or go "
-                "on with the new values by --config.allow_config_change=true"
-            )
-        logger.warning("config of %s changed: %s", folder, "; ".join(differing))
-        number = len(list(folder.glob("config.*.json")))
-        path.rename(folder / f"config.{number}.json")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(ours, indent=2, sort_keys=True) + "\n").encode())
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --workdir") from error
-
-
-# --- leaving and failing ---------------------------------------------------------------------------------------------
-
-
-class StopSignal:
-    """Turns SIGTERM (preemption) and SIGINT (Ctrl-C) into a flag that the loop reads at the end of each step.
-
-        with StopSignal() as stop:
-            for step in ...:
-                ...
-                if stop.should_stop():
-                    checkpointer.save(step, arrays, host, force=True)
-                    checkpointer.close()
-                    raise SystemExit(stop.exit_status)
-
-    A second Ctrl-C leaves at once with status 130, without saving; what is on disk stays good.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    @property
-    def exit_status(self) -> int:
-        """128 plus the number of the signal: 143 for SIGTERM, 130 for SIGINT."""
-        return 128 + (self.received or signal.SIGTERM)
-
-    def should_stop(self) -> bool:
-        """Whether this or any other process was asked to stop; all processes must call it after the same step."""
-        return processes.any_of(self.received is not None, "asked to stop")
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def _on_signal(self, number: int, _: FrameType | None) -> None:
-        # os.write, not print: a handler may interrupt a print of the main program.
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            os.write(sys.stderr.fileno(), b"\nleaving without saving\n")
-            os._exit(130)
-        self.received = number
-        how = b" (Ctrl-C again leaves at once)" if number == signal.SIGINT else b""
-        os.write(2, b"\nstopping after this step, saving first" + how + b"\n")
-
-
-def save_failed_batch(folder: str | os.PathLike[str], arrays: Any, note: Mapping[str, Any]) -> Path:
-    """Keep the batch that made a step fail: its arrays as .npz (bfloat16 as float32) and `note` beside it as .json.
-
-    arrays: pytree of arrays, named by their path in it. note: JSON-able; `note["step"]` names the files if it is there.
-    Returns the path of the .npz. Of an array that is spread over processes the part of this one is kept.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"failed_batch_step{note['step']}" if "step" in note else "failed_batch"
-    number = len(list(folder.glob(f"{stem}*.npz")))
-    path = folder / (f"{stem}.npz" if number == 0 else f"{stem}_{number}.npz")
-    kept, dtypes = {}, {}
-    for key, leaf in jax.tree_util.tree_flatten_with_path(arrays)[0]:
-        leaf = jax.random.key_data(leaf) if isinstance(leaf, jax.Array) and _is_key(leaf) else leaf
-        array = _here(leaf)
-        dtypes[_name(key)] = str(array.dtype)
-        # numpy writes the types of ml_dtypes (bfloat16, float8) as raw bytes that it cannot read back.
-        kept[_name(key)] = array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
-    with path.open("wb") as file:
-        np.savez(file, **kept)  # type: ignore[arg-type]
-    words = json.dumps({**note, "dtypes": dtypes}, indent=2, default=str) + "\n"
-    write_atomically(path.with_suffix(".json"), words.encode())
-    return path
-
-
-def _here(leaf: Any) -> np.ndarray:
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    starts = lambda shard: tuple(part.start or 0 for part in shard.index)  # noqa: E731
-    shards = {starts(shard): shard for shard in leaf.addressable_shards}
-    if len(shards) == 1:
-        return np.asarray(next(iter(shards.values())).data)
-    (axis,) = [i for i in range(leaf.ndim) if len({start[i] for start in shards}) > 1]
-    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)], axis)

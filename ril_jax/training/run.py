@@ -31,9 +31,10 @@ from ril_jax.sampling.logits import SamplingParams
 from ril_jax.sampling.rollouts import EngineSampler
 from ril_jax.sampling.sampler import Sampler, Samples
 from ril_jax.training.batches import Buckets, PromptEncoder, flatten_features, flatten_micro, put
-from ril_jax.training.checkpoints import Checkpointer, StopSignal
+from ril_jax.training.checkpoints import Checkpointer
 from ril_jax.training.metrics import MetricsWriter
 from ril_jax.training.programs import Programs
+from ril_jax.training.stopping import StopSignal
 
 # Fields that may differ between two starts in one workdir: they say what to do and how to show it, not what comes out.
 _FREE_FIELDS = (

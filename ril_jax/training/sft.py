@@ -22,8 +22,8 @@ from ril_jax.progress import Progress
 from ril_jax.rewards.judge import RulesJudge
 from ril_jax.training.batches import PromptEncoder, micro_rows, put
 from ril_jax.training.best import BestModel
-from ril_jax.training.checkpoints import save_failed_batch
 from ril_jax.training.evaluation import evaluate, held_out_questions
+from ril_jax.training.failed_batch import save_failed_batch
 from ril_jax.training.programs import Programs
 from ril_jax.training.run import Run, Stopped
 from ril_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, make_update, split_frozen

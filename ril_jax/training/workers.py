@@ -66,9 +66,9 @@ def main(argv: Sequence[str]) -> int:
     """One task in this process: WORKDIR CONFIG.json TASK CORES PARENT."""
     _settle(argv[3], int(argv[4]))
     from ril_jax.compilation import enable_persistent_cache
-    from ril_jax.training.checkpoints import StopSignal
     from ril_jax.training.prepare import make_model
     from ril_jax.training.ril import run_ril
+    from ril_jax.training.stopping import StopSignal
 
     workdir, config_file, task = Path(argv[0]), Path(argv[1]), argv[2]
     config = ConfigDict(json.loads(config_file.read_text()))

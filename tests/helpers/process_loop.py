@@ -44,8 +44,9 @@ def main(args: SimpleNamespace) -> int | None:
     from ril_jax import processes, sharding
     from ril_jax.data.pipeline import make_iterator
     from ril_jax.training.batches import put
-    from ril_jax.training.checkpoints import Checkpointer, StopSignal
+    from ril_jax.training.checkpoints import Checkpointer
     from ril_jax.training.state import abstract_state, init_state, make_update
+    from ril_jax.training.stopping import StopSignal
 
     workdir, losses = Path(args.workdir), Path(args.workdir) / "losses.jsonl"
     mesh = sharding.make_mesh()

@@ -15,11 +15,11 @@ from ril_jax import config as config_lib
 from ril_jax.compilation import CompileCounter
 from ril_jax.data.records import Question, Response
 from ril_jax.errors import InputError
-from ril_jax.training.checkpoints import StopSignal
 from ril_jax.training.collect import response_dataset
 from ril_jax.training.metrics import read_metrics
 from ril_jax.training.ril import Ril, run_ril
 from ril_jax.training.run import Run
+from ril_jax.training.stopping import StopSignal
 
 G, B = 4, small_run.BATCH
 

@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 
 from ril_jax.errors import InputError
-from ril_jax.training.checkpoints import Checkpointer, StopSignal, claim_folder, save_failed_batch
+from ril_jax.training.checkpoints import Checkpointer
+from ril_jax.training.failed_batch import save_failed_batch
+from ril_jax.training.stopping import StopSignal
+from ril_jax.training.workdir import claim_folder
 
 
 def make_state(seed=0):
@@ -368,7 +371,7 @@ def test_a_stop_signal_sets_a_flag_and_the_status(number, status):
 
 def test_a_second_ctrl_c_leaves_at_once():
     program = (
-        "import os, signal\nfrom ril_jax.training.checkpoints import StopSignal\n"
+        "import os, signal\nfrom ril_jax.training.stopping import StopSignal\n"
         "with StopSignal() as stop:\n"
         "  os.kill(os.getpid(), signal.SIGINT)\n  print('going on', flush=True)\n"
         "  os.kill(os.getpid(), signal.SIGINT)\n  print('too late', flush=True)\n"
