@@ -60,9 +60,24 @@ class Programs:
 
     @functools.cache  # noqa: B019 - programs live as long as the run
     def move(self, mesh: Mesh):
-        """params -> the same in the compute dtype, moved by the devices to where they lie on `mesh`."""
+        """params -> the same in the compute dtype, moved by the devices to where they lie on `mesh`.
+
+        One after another: a compiler that gathers all at once holds each a second time, in both layouts, at the peak
+        (Qwen2.5-VL-7B over 8 chips: 11.6 GiB a chip, and 9.5 GiB so).
+        """
         where = sharding.param_shardings(self.network.specs, mesh)
-        return jax.jit(lambda params: cast(params, self.dtype), out_shardings=where)
+
+        def moved(params: Params) -> Params:
+            out: dict[str, jax.Array] = {}
+            last = None
+            for name, param in params.items():
+                if last is not None:
+                    param, _ = jax.lax.optimization_barrier((param, last))
+                last = jax.lax.with_sharding_constraint(param.astype(self.dtype), where[name])
+                out[name] = last
+            return out
+
+        return jax.jit(moved, out_shardings=where)
 
     def logprobs(self, params: Params, prompts, responses, features):
         """Differentiable log-probabilities and entropies of one micro-batch, [b, S, R] each."""
