@@ -115,13 +115,17 @@ def _summary(done: list[Compiled], topology: Topology) -> str:
     return "\n".join(lines)
 
 
-_RIL_STEP = ("encode images", "move weights", "sample", "reference log-probs", "discriminator update", "RIL update")
+_RIL_STEP = {
+    "encode images", "move weights", "sample", "reference log-probs", "old log-probs", "discriminator update",
+    "RIL update",
+}  # fmt: skip
 
 
 def _advice(c: Compiled) -> str:
     name = c.program.name
     if "update" in name:
-        return "try a smaller micro_batch_size, student.remat=full, smaller buckets, or more chips (mesh.fsdp)"
+        less = "" if name == "sft update" else "ril.beta=0 (no reference is kept then), "
+        return f"try a smaller micro_batch_size, student.remat=full, {less}smaller buckets, or more chips (mesh.fsdp)"
     if name.startswith("collect: ") and c.program.mesh is None:  # of a batch, not of the engine
         teacher = "" if name.endswith(f" {STUDENT}") else "another collect.layout, "
         return (

@@ -140,6 +140,18 @@ def test_the_collect_stage_is_planned_as_it_is_asked_for(tmp_path):
         plan_of(c)[0].all()
 
 
+def test_responses_are_scored_by_whom_the_objective_asks(tmp_path):
+    c = tiny_run(tmp_path, "qwen")
+    c.stages, c.ril.num_iterations = "ril", 2
+    programs = {p.name: p for p in plan_of(c)[0].all()}
+    assert set(programs) == RIL | {"old log-probs"}
+    kept = programs["encode images"].beside
+    c.ril.beta, c.ril.num_iterations = 0.0, 1
+    programs = {p.name: p for p in plan_of(c)[0].all()}
+    assert set(programs) == RIL - {"reference log-probs"}
+    assert programs["encode images"].beside < kept  # no reference
+
+
 def test_the_engine_of_a_run_is_planned_where_it_samples(tmp_path):
     c = tiny_run(tmp_path, "qwen")
     c.sampling.backend, c.collect.layout, c.stages = "engine", "replicated", "collect,ril"

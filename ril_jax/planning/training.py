@@ -45,7 +45,7 @@ class TrainingPlan:
         if "collect" in stages:
             out += collect_programs(self.config, self.student, self.mesh)
         if "ril" in stages:
-            out += [*self.encode(), *self.move(), *self.sample(), self.score()]
+            out += [*self.encode(), *self.move(), *self.sample(), *self.score()]
         if self.config.discriminator.enabled and {"discriminator", "ril"} & {*stages}:
             out.append(self.discriminator())
         if "ril" in stages:
@@ -103,18 +103,24 @@ class TrainingPlan:
         G = c.ril.num_generations
         return [sample_groups(self.student, c.sampling, mesh, *self._micro_batches(), G, beside=beside)]
 
-    def score(self) -> Program:
+    def score(self) -> list[Program]:
+        """What scores every response before the updates: pi_ref with a KL term, pi_old with several updates a batch."""
         c = self.config.ril
         micro, P, R = self._micro(c), max(self.buckets.prompts), max(self.buckets.responses)
         S = c.num_generations + c.num_teacher_generations
         prompts, responses = self.student.rows(c.batch_size, micro, P, S, R)
         features = self.student.features(c.batch_size // micro, micro)
-        return Program(
-            "reference log-probs", f"{c.batch_size // micro} x {micro} rows of {P} + {S} x {R}",
-            self.student.programs.score, (self.student.params(self.student.dtype), prompts, responses, features),
-            beside=self._beside("reference"),
-            tokens=c.batch_size * (P + S * R), **self.student.weight_bytes("text.", passes=c.batch_size // micro),
-        )  # fmt: skip
+        scorers = {"reference": self.student.dtype} if c.beta else {}
+        scorers |= {"old": jnp.float32} if c.num_iterations > 1 else {}
+        return [
+            Program(
+                f"{name} log-probs", f"{c.batch_size // micro} x {micro} rows of {P} + {S} x {R}",
+                self.student.programs.score, (self.student.params(dtype), prompts, responses, features),
+                beside=self._beside("reference" if name == "reference" else "master weights"),
+                tokens=c.batch_size * (P + S * R), **self.student.weight_bytes("text.", passes=c.batch_size // micro),
+            )
+            for name, dtype in scorers.items()
+        ]  # fmt: skip
 
     def discriminator(self) -> Program:
         c, ril = self.config.discriminator, self.config.ril
