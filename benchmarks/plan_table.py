@@ -21,8 +21,8 @@ TRIED = {
     "qwen7b": {"v5e": ("4x8",), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
     "internvl8b": {"v5e": ("4x8", "8x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
     "qwen3b": {"v5e": ("4x4", "4x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
-    "internvl2b": {"v5e": ("4x4", "4x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
-    "internvl1b": {"v5e": ("4x4", "4x8"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
+    "internvl2b": {"v5e": ("4x4", "4x8 --config.mesh.tensor=2"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
+    "internvl1b": {"v5e": ("4x4", "4x8 --config.mesh.tensor=2"), "v5p": ("2x2x1", "2x2x2"), "v6e": ("2x4", "4x4")},
     "teacher_qwen72b": {
         "v5e": ("4x4", "4x8", "4x8 --config.engine.slots=96 --config.engine.num_pages=2304"),
         "v5p": ("2x2x1 --config.mesh.tensor=4",), "v6e": ("2x4", "4x4"),
