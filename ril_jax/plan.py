@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from ril_jax import cli
 from ril_jax.errors import InputError
 from ril_jax.planning.chips import CHIPS, GIB, HEADROOM, Topology
-from ril_jax.planning.compiling import Compiled, compile_program
+from ril_jax.planning.compiling import Compiled, compile_program, held_bytes
 from ril_jax.planning.serving import ServingPlan
 from ril_jax.planning.training import TrainingPlan
 from ril_jax.training.collect import STUDENT
@@ -59,6 +59,8 @@ def _plan(args: SimpleNamespace, topology: Topology, *, stop_early: bool = False
     print(f"\n{topology}: {topology.num_chips} chips, mesh {axes}, {len(programs)} programs, {args.effort} effort")
     print("\n".join(_HEADER), flush=True)
     done: list[Compiled] = []
+    if stop_early:  # at what needs no compilation to see
+        programs.sort(key=lambda program: held_bytes(program) <= topology.chip.hbm)
     for program in programs:
         done.append(compile_program(program, topology, full_effort=args.effort == "full"))
         print(_row(done[-1]), flush=True)

@@ -310,6 +310,16 @@ def test_what_does_not_fit_is_told_in_the_compilers_words():
     assert "memory" in result.error
 
 
+def test_what_arguments_alone_do_not_fit_is_told_without_compiling():
+    topology = Topology.parse("v6e:1x1")  # of one chip, as Colab lends them
+    here = jax.sharding.SingleDeviceSharding(topology.mesh(data=1, fsdp=-1, tensor=1).devices.item())
+    add = jax.jit(lambda x: x[:8] + 1)
+    for gib, held in ((20, ""), (32, "what it reads and what lies beside it take 33.00 of 31.25 GiB")):
+        large = jax.ShapeDtypeStruct((gib * 2**21, 128), jnp.float32, sharding=here)
+        result = compile_program(Program("large", "", add, (large,), beside=2.0**30), topology)
+        assert (result.error, result.fits) == (held, not held)
+
+
 def test_the_floor_is_the_longest_part():
     chip = CHIPS["v5e"]
     program = Program(

@@ -30,9 +30,9 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip("v5e", 15.75 * GIB, 197e12, 819e9, 200e9, ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v5e": Chip("v5e", 15.75 * GIB, 197e12, 819e9, 200e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
     "v5p": Chip("v5p", 95.74 * GIB, 459e12, 2765e9, 600e9, ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8")),
-    "v6e": Chip("v6e", 31.25 * GIB, 918e12, 1640e9, 448e9, ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    "v6e": Chip("v6e", 31.25 * GIB, 918e12, 1640e9, 448e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
 }
 DCN_BANDWIDTH = 6.25e9  # bytes a second a chip between slices: 200 Gbit/s a host of 4 chips
 HEADROOM = 1 * GIB  # what the runtime, other programs and fragmentation need beside a program's peak
@@ -85,7 +85,9 @@ def _devices(name: str, num_slices: int) -> list[Any]:
         os.environ.setdefault(key, value)
     from jax.experimental import topologies
 
-    options = {"num_slices": num_slices} if num_slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    if name.endswith(":1x1"):
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except Exception as error:  # libtpu is missing, or knows no such slice

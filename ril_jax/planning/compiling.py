@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ril_jax import sharding
 from ril_jax.planning.arguments import chip_bytes
-from ril_jax.planning.chips import DCN_BANDWIDTH, HEADROOM, Topology
+from ril_jax.planning.chips import DCN_BANDWIDTH, GIB, HEADROOM, Topology
 from ril_jax.planning.costs import flops
 
 
@@ -91,6 +91,10 @@ def compile_program(program: Program, topology: Topology, *, full_effort: bool =
     start = time.monotonic()
     traced = program.trace()
     total = flops(traced.jaxpr, while_trips=program.while_trips) / topology.num_chips
+    held = held_bytes(program)
+    if held > topology.chip.hbm:
+        words = f"what it reads and what lies beside it take {held / GIB:.2f} of {topology.chip.hbm / GIB:.2f} GiB"
+        return Compiled(program, topology, time.monotonic() - start, float("inf"), total, words, program.beside)
     lowered = traced.lower(lowering_platforms=("tpu",))
     try:
         compiled = lowered.compile(compiler_options=None if full_effort else low_effort())
@@ -108,6 +112,12 @@ def compile_program(program: Program, topology: Topology, *, full_effort: bool =
     )  # fmt: skip
     beside = program.beside + _unread(program, compiled)
     return Compiled(program, topology, time.monotonic() - start, float(peak) + beside, total, beside=beside)
+
+
+def held_bytes(program: Program) -> float:
+    """Bytes of a chip that its arguments and what lies beside them take; no compiled form of it peaks lower."""
+    placed = [leaf for leaf in jax.tree.leaves(program.arguments) if getattr(leaf, "sharding", None) is not None]
+    return program.beside + chip_bytes(placed)
 
 
 def _unread(program: Program, compiled: Any) -> float:
