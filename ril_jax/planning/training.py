@@ -77,21 +77,27 @@ class TrainingPlan:
         return encode_images(self.student, self.sampling_mesh, *self._micro_batches(), beside=self._beside())
 
     def move(self) -> list[Program]:
-        """The weights to where sampling wants them, once a step; nothing where they stay."""
+        """The weights to where sampling wants them, once a step; nothing where they stay.
+
+        They are moved one after another. The program is the largest one's, with the others as they are before and after
+        beside it.
+        """
         mesh = self.sampling_mesh
         if mesh is self.mesh:
             return []
-        params = self.student.params(jnp.float32)
-        size = sum(math.prod(p.shape) for p in params.values())
-        before = 4 * size / (self.mesh.shape["fsdp"] * self.mesh.shape["tensor"])
-        after = self.student.dtype.itemsize * size / mesh.shape["tensor"]
+        params, movers = self.student.params(jnp.float32), self.student.programs.movers(mesh)
+        before = {name: chip_bytes(param) for name, param in params.items()}
+        moved = self.student.params(self.student.dtype, mesh=mesh)
+        after = {name: chip_bytes(param) for name, param in moved.items()}
+        largest = max(params, key=after.__getitem__)
+        rest = sum(before.values()) + sum(after.values()) - before[largest] - after[largest]
         fsdp = self.mesh.shape["fsdp"]
         shapes = " x ".join(f"{name} {count}" for name, count in mesh.shape.items())
         return [
             Program(
-                "move weights", f"to {shapes}", self.student.programs.move(mesh), (params,),
-                beside=self._beside("master weights"), hbm_bytes=before + after,
-                network_bytes=after * (fsdp - 1) / fsdp,
+                "move weights", f"to {shapes}", movers[largest], (params[largest],),
+                beside=self._beside("master weights") + rest, hbm_bytes=sum(before.values()) + sum(after.values()),
+                network_bytes=sum(after.values()) * (fsdp - 1) / fsdp,
             )
         ]  # fmt: skip
 

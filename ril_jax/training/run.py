@@ -191,7 +191,7 @@ class Run:
         """The student's weights as its sampler wants them: in the compute dtype, on the sampling mesh."""
         if self.sampling_mesh is self.mesh:
             return self.programs.cast(params)
-        return self.programs.move(self.sampling_mesh)(params)
+        return self.programs.move(params, self.sampling_mesh)
 
     @functools.cached_property
     def buckets(self) -> Buckets:

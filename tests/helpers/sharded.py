@@ -71,7 +71,7 @@ def main(folder: str, sizes: str, output: str) -> None:
         for kind in ("replicated", "tensor"):
             where = sharding.sampling_mesh(mesh, kind)
             with jax.transfer_guard("disallow_explicit"):
-                moved = jax.block_until_ready(programs.move(where)(params))
+                moved = jax.block_until_ready(programs.move(params, where))
             parts = [p.size // int(np.prod(p.sharding.shard_shape(p.shape))) for p in moved.values()]
             out[f"{kind}_parts"] = np.asarray(parts)
             samples = dataclasses.replace(sampler, mesh=where)(
