@@ -118,7 +118,10 @@ def test_a_bug_keeps_its_traceback(folder):
 
 def test_ctrl_c_ends_with_130_and_no_traceback(folder):
     words = [sys.executable, "program.py", "--config=small.py", "--workdir=w", "--mode=sleep"]
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
+    with subprocess.Popen(
+        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.05)
         os.kill(process.pid, signal.SIGINT)

@@ -16,14 +16,12 @@ SEED = 20  # of the moments; they are printed, so that a failure can be run agai
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(small_runs, tmp_path_factory):
-    """(workdir, seconds) of a run that nobody disturbed; the first, slower for compiling, is thrown away."""
-    small_run.train_apart(tmp_path_factory.mktemp("first") / "workdir")
+def uninterrupted(small_runs, tmp_path_factory) -> Path:
+    """The workdir of a run that nobody disturbed."""
     workdir = tmp_path_factory.mktemp("whole") / "workdir"
-    begun = time.monotonic()
     done = small_run.train_apart(workdir)
     assert done.returncode == 0, done.stderr[-2000:]
-    return workdir, time.monotonic() - begun
+    return workdir
 
 
 def outcome(workdir: Path) -> dict:
@@ -42,33 +40,36 @@ def _parts(workdir: Path) -> list[Path]:
     return [p.relative_to(workdir) for p in sorted((workdir / "collect").rglob("part-*.json"))]
 
 
-def interrupt(workdir: Path, after: float, number: signal.Signals) -> subprocess.Popen:
-    """Start the run and send it a signal after so many seconds; returns the ended process."""
-    process = subprocess.Popen(
-        small_run.command(workdir), env=small_run.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    try:
-        process.communicate(timeout=after)
-    except subprocess.TimeoutExpired:
+def done_in(workdir: Path) -> int:
+    """How much of a run is on disk: steps of which metrics are told, and parts of collected responses."""
+    told = sum(p.read_bytes().count(b"\n") for p in (workdir / "metrics").rglob("*.jsonl"))
+    return told + len(_parts(workdir))
+
+
+def interrupt(workdir: Path, at: int, number: signal.Signals, after: float = 0.0) -> int:
+    """Start the run, send it a signal so many seconds after so much is done, and return its status."""
+    with subprocess.Popen(
+        small_run.command(workdir), env=small_run.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        until = time.monotonic() + 300
+        while process.poll() is None and done_in(workdir) < at:
+            assert time.monotonic() < until, f"{done_in(workdir)} of {at} done"
+            time.sleep(0.01)
+        time.sleep(after)
         process.send_signal(number)
-        process.communicate(timeout=300)
-    return process
+        return process.wait(timeout=300)
 
 
 def test_sigkill_at_random_moments_changes_nothing(uninterrupted, tmp_path):
-    workdir, seconds = uninterrupted
-    moments = random.Random(SEED)
-    killed = 0
-    # Shares of the whole run's time; what is left after the first kill takes longer than the second one waits.
-    for low, high in ((0.3, 0.55), (0.2, 0.3), (0.1, 0.3)):
-        after = moments.uniform(low, high) * seconds
-        process = interrupt(tmp_path / "workdir", after, signal.SIGKILL)
-        print(f"killed after {after:.1f} s of {seconds:.1f} s: status {process.returncode}")
-        killed += process.returncode == -signal.SIGKILL
-    assert killed >= 2
-    done = small_run.train_apart(tmp_path / "workdir")
+    workdir, moments, whole = tmp_path / "workdir", random.Random(SEED), done_in(uninterrupted)
+    for low, high in ((0.1, 0.4), (0.45, 0.65), (0.7, 0.9)):
+        at, after = round(moments.uniform(low, high) * whole), moments.uniform(0.0, 0.1)
+        print(f"to be killed {after:.3f} s after {at} of {whole}")
+        assert interrupt(workdir, at, signal.SIGKILL, after) == -signal.SIGKILL
+        assert not (workdir / "summary.json").exists()
+    done = small_run.train_apart(workdir)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected, actual = outcome(workdir), outcome(tmp_path / "workdir")
+    expected, actual = outcome(uninterrupted), outcome(workdir)
     assert expected["weights"].keys() >= {"sft/model/model.safetensors", "ril/ril/model/model.safetensors"}
     assert len(expected["samples"]) == 3
     for part in expected:
@@ -76,31 +77,23 @@ def test_sigkill_at_random_moments_changes_nothing(uninterrupted, tmp_path):
 
 
 def test_sigterm_saves_first_and_changes_nothing(uninterrupted, tmp_path):
-    workdir, seconds = uninterrupted
-    target = tmp_path / "workdir"
-    process = subprocess.Popen(
-        small_run.command(target), env=small_run.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    lines = target / "metrics" / "ril" / "ril.jsonl"
-    until = time.monotonic() + 10 * seconds + 60
-    while time.monotonic() < until and not (lines.exists() and lines.read_text().count("\n") >= 1):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
-    if process.returncode != 0:  # 0: the signal came after the last step
-        assert process.returncode == 143
-        steps = [int(p.name) for p in (target / "ril" / "ril" / "checkpoints").iterdir() if p.name.isdigit()]
+    workdir = tmp_path / "workdir"
+    lines = workdir / "metrics" / "ril" / "ril.jsonl"
+    before_ril = done_in(uninterrupted) - len(read_metrics(uninterrupted / "metrics" / "ril" / "ril.jsonl"))
+    status = interrupt(workdir, before_ril + 1, signal.SIGTERM)
+    if status != 0:  # 0: the signal came after the last step
+        assert status == 143
+        steps = [int(p.name) for p in (workdir / "ril" / "ril" / "checkpoints").iterdir() if p.name.isdigit()]
         assert max(steps) == len(read_metrics(lines))
-    done = small_run.train_apart(target)
+    done = small_run.train_apart(workdir)
     assert done.returncode == 0, done.stderr[-2000:]
-    expected, actual = outcome(workdir), outcome(target)
+    expected, actual = outcome(uninterrupted), outcome(workdir)
     for part in expected:
         assert actual[part] == expected[part], part
 
 
 def test_a_workdir_of_another_config_is_refused_in_one_line(uninterrupted):
-    workdir, _ = uninterrupted
-    done = small_run.train_apart(workdir, "ril.beta=0.5")
+    done = small_run.train_apart(uninterrupted, "ril.beta=0.5")
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1
