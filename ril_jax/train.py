@@ -33,18 +33,19 @@ def main(args: SimpleNamespace) -> int:
         enable_persistent_cache()
     with StopSignal() as stop:
         run = Run.start(config, workdir, stop)
-        claim = functools.partial(claim_folder, workdir, run.fingerprint(), allow_change=config.allow_config_change)
-        processes.by_first(claim, "claim the workdir")
-        processes.say(overview.describe_start(run))
-        for stage in config_lib.stages(config):
-            _run_stage(run, stage)
-        summary = overview.summarise(run)
-        if processes.is_first():
-            write_atomically(workdir / "summary.json", json.dumps(summary, indent=2).encode())
-            run.timer.save()
-            page = write_report(workdir)
-            print(terminal_summary(workdir))
-            print(f"\nreport: {page}\nall of it took {overview.duration(time.monotonic() - started)}", flush=True)
+        with run.counter:  # however the run ends, it warns of no compilation after it
+            claim = functools.partial(claim_folder, workdir, run.fingerprint(), allow_change=config.allow_config_change)
+            processes.by_first(claim, "claim the workdir")
+            processes.say(overview.describe_start(run))
+            for stage in config_lib.stages(config):
+                _run_stage(run, stage)
+            summary = overview.summarise(run)
+            if processes.is_first():
+                write_atomically(workdir / "summary.json", json.dumps(summary, indent=2).encode())
+                run.timer.save()
+                page = write_report(workdir)
+                print(terminal_summary(workdir))
+                print(f"\nreport: {page}\nall of it took {overview.duration(time.monotonic() - started)}", flush=True)
     return 0
 
 

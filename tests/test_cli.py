@@ -118,10 +118,12 @@ def test_a_bug_keeps_its_traceback(folder):
 
 def test_ctrl_c_ends_with_130_and_no_traceback(folder):
     words = [sys.executable, "program.py", "--config=small.py", "--workdir=w", "--mode=sleep"]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
-    with subprocess.Popen(
-        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    ) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout.readline() == "ready\n"
         time.sleep(0.05)
         os.kill(process.pid, signal.SIGINT)
