@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, chips: int, slices: int) -> Row:
     plan = TrainingPlan(config, topology, mesh)
     programs = {program.name: program for program in plan.all()}
     update = compile_program(programs["RIL update"], topology)
-    peak = f"{update.peak / GIB:.2f} GiB" if update.peak < float("inf") else "the compiler gives up"
+    peak = f"{update.peak / GIB:.2f} GiB" if update.peak < float("inf") else "over"
     peak += "" if update.fits else f" (does not fit {topology.chip.hbm / GIB:.2f})"
     floor = ceiling = 0.0
     for name in PROGRAMS:
